@@ -152,6 +152,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When to come back.
     pub retry_after: Option<Duration>,
+    /// Methods the path has, for a 405.
+    pub allow: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
@@ -166,6 +168,7 @@ impl ApiError {
             message: message.into(),
             param: None,
             retry_after: None,
+            allow: None,
             source: None,
         }
     }
@@ -214,6 +217,30 @@ impl ApiError {
     #[must_use]
     pub fn status(&self) -> u16 {
         self.kind.status()
+    }
+
+    /// What an upstream's error reply means to our own client.
+    ///
+    /// A node that refuses our credential is our fault, not the client's, so 401 and 403 become 502.
+    #[must_use]
+    pub fn from_upstream(status: u16, body: &[u8], retry_after: Option<Duration>) -> Self {
+        let told = serde_json::from_slice::<OpenAiError>(body)
+            .ok()
+            .map(|reply| reply.error);
+        let code = told.as_ref().and_then(|error| error.code.as_deref());
+        let kind = match ErrorKind::from_upstream(status, code) {
+            ErrorKind::Unauthorized | ErrorKind::Forbidden => ErrorKind::BadGateway,
+            kind => kind,
+        };
+        let (message, param) = match told {
+            Some(error) => (error.message, error.param),
+            None => (format!("the upstream answered {status}"), None),
+        };
+        Self {
+            param,
+            retry_after,
+            ..Self::new(kind, message)
+        }
     }
 
     /// The body OpenAI's clients expect: `{"error": {message, type, param, code}}`.

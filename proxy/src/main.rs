@@ -1,2 +1,72 @@
-//! placeholder
-fn main() {}
+//! cortex: the gateway. Flags, then configuration, then the app; the rest is in the modules.
+
+mod admin;
+mod app;
+mod catalogue;
+mod cli;
+mod config;
+mod fleet;
+mod lifecycle;
+mod pingora;
+mod stack;
+mod status;
+mod telemetry;
+mod up;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use config::Config;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// A fault of the configuration, as sysexits.h has it.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(file) => serve(file.config.as_deref()),
+        Command::Check(file) => match read(file.config.as_deref()) {
+            Ok(config) => {
+                println!(
+                    "fine: {} nodes, {} models",
+                    config.neurons.len(),
+                    config.models.len()
+                );
+                ExitCode::SUCCESS
+            }
+            Err(code) => code,
+        },
+        Command::Status(args) => report(status::run(&args)),
+        Command::Up(args) => report(up::run(args)),
+    }
+}
+
+fn serve(file: Option<&Path>) -> ExitCode {
+    match read(file) {
+        Ok(config) => {
+            telemetry::start("info");
+            report(pingora::server::run(&app::App::build(config)))
+        }
+        Err(code) => code,
+    }
+}
+
+/// The configuration, or its faults on standard error, one line each.
+fn read(file: Option<&Path>) -> Result<Config, ExitCode> {
+    Config::read(file).map_err(|faults| {
+        for fault in faults {
+            eprintln!("cortex: {fault}");
+        }
+        ExitCode::from(USAGE)
+    })
+}
+
+fn report<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cortex: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What Prometheus sees of each exchange: families, labels, and the layer that moves them.
+
+use crate::{Exchange, Request, Response};
+use prometheus::core::Collector;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll};
+use tower::{Layer, Service};
+
+mod observe;
+
+pub use observe::{Observe, ObserveLayer};
+
+/// Seconds, from a cache hit to a long answer.
+const SECONDS: [f64; 14] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+/// Tokens per second of one answer.
+const RATES: [f64; 10] = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0];
+
+/// The families of the gateway's exchanges. Cheap to clone; lives as long as the process.
+#[derive(Clone)]
+pub struct Metrics {
+    families: Arc<Families>,
+}
+
+struct Families {
+    requests: IntCounterVec,
+    in_flight: IntGaugeVec,
+    latency: HistogramVec,
+    first_token: HistogramVec,
+    rate: HistogramVec,
+    prompt_tokens: IntCounterVec,
+    generation_tokens: IntCounterVec,
+    /// Handles by model and node, so that a request looks its labels up once.
+    served: RwLock<HashMap<ModelAndNode, Arc<Served>>>,
+}
+
+type ModelAndNode = (Arc<str>, Arc<str>);
+
+/// The families of one model on one node.
+struct Served {
+    latency: Histogram,
+    first_token: Histogram,
+    rate: Histogram,
+    prompt_tokens: IntCounter,
+    generation_tokens: IntCounter,
+}
+
+impl Metrics {
+    /// Makes the families and enters them in `registry`.
+    ///
+    /// # Panics
+    /// If `registry` already has one of them.
+    #[must_use]
+    pub fn new(registry: &Registry) -> Self {
+        fn enter<C: Collector + Clone + 'static>(
+            registry: &Registry,
+            family: prometheus::Result<C>,
+        ) -> C {
+            let family = family.expect("names and labels are constants");
+            registry
+                .register(Box::new(family.clone()))
+                .expect("each family is entered once");
+            family
+        }
+        let counter = |name, help, labels: &[&str]| {
+            enter(registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let histogram = |name, help, buckets: &[f64]| {
+            let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            enter(registry, HistogramVec::new(opts, &["model", "node"]))
+        };
+        let served = &["model", "node"];
+        Self {
+            families: Arc::new(Families {
+                requests: counter(
+                    "cortex_requests_total",
+                    "Requests answered, by route and status; 499 is a client that left",
+                    &["route", "status"],
+                ),
+                in_flight: enter(
+                    registry,
+                    IntGaugeVec::new(
+                        Opts::new("cortex_requests_in_flight", "Requests being answered"),
+                        &["route"],
+                    ),
+                ),
+                latency: histogram(
+                    "cortex_e2e_request_latency_seconds",
+                    "From the request's head to the last byte of its answer",
+                    &SECONDS,
+                ),
+                first_token: histogram(
+                    "cortex_time_to_first_token_seconds",
+                    "From the request's head to the first piece of a streamed answer",
+                    &SECONDS,
+                ),
+                rate: histogram(
+                    "cortex_request_generation_tokens_per_second",
+                    "Tokens of an answer over the time it took from its first token on (whole answers: from the request)",
+                    &RATES,
+                ),
+                prompt_tokens: counter(
+                    "cortex_prompt_tokens_total",
+                    "Prompt tokens, as nodes report them",
+                    served,
+                ),
+                generation_tokens: counter(
+                    "cortex_generation_tokens_total",
+                    "Generated tokens, as nodes report them",
+                    served,
+                ),
+                served: RwLock::default(),
+            }),
+        }
+    }
+
+    /// Requests being answered now.
+    #[must_use]
+    pub fn in_flight(&self) -> i64 {
+        self.families
+            .in_flight
+            .collect()
+            .iter()
+            .flat_map(|family| family.get_metric())
+            .map(|metric| metric.get_gauge().get_value() as i64)
+            .sum()
+    }
+
+    fn served(&self, model: &Arc<str>, node: &Arc<str>) -> Arc<Served> {
+        let key = (model.clone(), node.clone());
+        let known = self
+            .families
+            .served
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&key)
+            .cloned();
+        known.unwrap_or_else(|| {
+            let labels: &[&str] = &[model, node];
+            let families = &self.families;
+            let served = Arc::new(Served {
+                latency: families.latency.with_label_values(labels),
+                first_token: families.first_token.with_label_values(labels),
+                rate: families.rate.with_label_values(labels),
+                prompt_tokens: families.prompt_tokens.with_label_values(labels),
+                generation_tokens: families.generation_tokens.with_label_values(labels),
+            });
+            families
+                .served
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(key, served.clone());
+            served
+        })
+    }
+}
+
+/// Puts [`Metered`] around a stack.
+#[derive(Clone)]
+pub struct MetricsLayer {
+    metrics: Metrics,
+}
+
+impl MetricsLayer {
+    /// Moves `metrics`.
+    #[must_use]
+    pub fn new(metrics: Metrics) -> Self {
+        Self { metrics }
+    }
+}
+
+/// Counts each exchange when its body has gone, with what the layers below learnt about it.
+#[derive(Clone)]
+pub struct Metered<S> {
+    inner: S,
+    metrics: Metrics,
+}
+
+impl<S> Layer<S> for MetricsLayer {
+    type Service = Metered<S>;
+
+    fn layer(&self, inner: S) -> Metered<S> {
+        Metered {
+            inner,
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+impl<S> Service<Request> for Metered<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let mut record = Record::open(self.metrics.clone(), request.exchange.clone());
+        let response = self.inner.call(request);
+        Box::pin(async move {
+            let Ok(response) = response.await;
+            record.status = Some(response.status());
+            Ok(response.map(|body| body.holding(record)))
+        })
+    }
+}
+
+/// One exchange being counted; entered when dropped.
+struct Record {
+    metrics: Metrics,
+    exchange: Arc<Exchange>,
+    in_flight: IntGauge,
+    status: Option<http::StatusCode>,
+}
+
+impl Record {
+    fn open(metrics: Metrics, exchange: Arc<Exchange>) -> Self {
+        let in_flight = metrics
+            .families
+            .in_flight
+            .with_label_values(&[exchange.route.name()]);
+        in_flight.inc();
+        Self {
+            metrics,
+            exchange,
+            in_flight,
+            status: None,
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.in_flight.dec();
+        let exchange = &self.exchange;
+        let status = self.status.as_ref().map_or("499", http::StatusCode::as_str);
+        self.metrics
+            .families
+            .requests
+            .with_label_values(&[exchange.route.name(), status])
+            .inc();
+        let (Some(target), Some(node)) = (exchange.target(), exchange.node()) else {
+            return;
+        };
+        let served = self.metrics.served(&target.model, &node);
+        let total = exchange.started.elapsed();
+        served.latency.observe(total.as_secs_f64());
+        let first = exchange.time_to_first_token();
+        if let Some(first) = first {
+            served.first_token.observe(first.as_secs_f64());
+        }
+        if let Some(usage) = exchange.usage() {
+            served.prompt_tokens.inc_by(usage.prompt_tokens);
+            served.generation_tokens.inc_by(usage.completion_tokens);
+            let writing = total - first.unwrap_or_default();
+            if usage.completion_tokens > 0 && !writing.is_zero() {
+                served
+                    .rate
+                    .observe(usage.completion_tokens as f64 / writing.as_secs_f64());
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What models there are: those of the catalogue, and those that nodes have loaded on their own.
+
+use crate::config::Config;
+use crate::fleet::{Fleet, FleetView};
+use filters::resolve;
+use protocol::models::ModelCard;
+use protocol::node::ModelState;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The catalogue of one configuration over the living fleet.
+pub(crate) struct Catalogue {
+    config: Arc<Config>,
+    aliases: HashMap<Arc<str>, Arc<str>>,
+    fleet: Arc<Fleet>,
+    /// When this catalogue was built: `created` of its models.
+    since: u64,
+}
+
+impl Catalogue {
+    pub(crate) fn new(config: Arc<Config>, fleet: Arc<Fleet>) -> Self {
+        let aliases = config
+            .models
+            .iter()
+            .flat_map(|(id, model)| {
+                model
+                    .aliases
+                    .iter()
+                    .map(|alias| (alias.clone(), id.clone()))
+            })
+            .collect();
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| time.as_secs());
+        Self {
+            config,
+            aliases,
+            fleet,
+            since,
+        }
+    }
+}
+
+impl resolve::Catalogue for Catalogue {
+    fn resolve(&self, name: &str) -> Option<Arc<str>> {
+        if let Some(id) = self.aliases.get(name) {
+            return Some(id.clone());
+        }
+        if let Some((id, _)) = self.config.models.get_key_value(name) {
+            return Some(id.clone());
+        }
+        self.fleet.view().served_id(name)
+    }
+
+    fn cards(&self) -> Vec<ModelCard> {
+        cards(&self.config, &self.fleet.view(), self.since)
+    }
+}
+
+/// One card a model: where it is, in which state, and whether it could be loaded.
+fn cards(config: &Config, view: &FleetView, since: u64) -> Vec<ModelCard> {
+    let mut cards: BTreeMap<&str, ModelCard> = BTreeMap::new();
+    for (id, model) in &config.models {
+        let card = cards
+            .entry(id)
+            .or_insert_with(|| ModelCard::new(&**id, "cortex", since));
+        card.state = Some("available".into());
+        card.context_length = model.context_length;
+    }
+    for node in view.nodes.iter().filter(|node| node.is_up()) {
+        for model in &node.models {
+            let known = config.models.contains_key(&*model.id);
+            if !known && model.state != ModelState::Loaded {
+                continue; // a name that nobody can ask for with success
+            }
+            let card = cards
+                .entry(&model.id)
+                .or_insert_with(|| ModelCard::new(&*model.id, "cortex", model.since));
+            if model.state == ModelState::Loaded {
+                card.nodes.push(node.name.to_string());
+                card.context_length = Some(model.context_length).filter(|length| *length > 0);
+                card.state = Some(model.state.as_str().into());
+            } else if card.nodes.is_empty() {
+                card.state = Some(model.state.as_str().into());
+            }
+        }
+    }
+    cards.into_values().collect()
+}

@@ -1,0 +1,397 @@
+//! From what is written to what it means: one fault per broken rule, each with a remedy.
+
+use super::settings::{self, ModelsFile, Settings};
+use super::{Config, Eviction, Model, Neuron, Poll, Strategy, Timeouts};
+use filters::route;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Something wrong with a file, said in one line.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    file: PathBuf,
+    what: String,
+}
+
+impl Fault {
+    pub(crate) fn new(file: &Path, what: impl Into<String>) -> Self {
+        Self {
+            file: file.into(),
+            what: what.into(),
+        }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.file.display(), self.what)
+    }
+}
+
+/// Collects faults, so that a person sees all of them at once.
+struct Checker {
+    file: PathBuf,
+    faults: Vec<Fault>,
+}
+
+impl Checker {
+    fn fault(&mut self, what: impl Into<String>) {
+        self.faults.push(Fault::new(&self.file, what));
+    }
+
+    /// The value `text` stands for; after a fault a stand-in, as the whole is refused anyway.
+    fn parse<T: Default, E: fmt::Display>(
+        &mut self,
+        key: &str,
+        text: &str,
+        example: &str,
+        parsed: Result<T, E>,
+    ) -> T {
+        parsed.unwrap_or_else(|error| {
+            self.fault(format!(
+                "{key} = \"{text}\": {error}; write it like \"{example}\""
+            ));
+            T::default()
+        })
+    }
+
+    fn duration(&mut self, key: &str, text: &str) -> Duration {
+        let parsed = humantime::parse_duration(text).map_err(|error| error.to_string());
+        let parsed = parsed.and_then(|length| {
+            if length.is_zero() {
+                Err("must be longer than nothing".into())
+            } else {
+                Ok(length)
+            }
+        });
+        self.parse(key, text, "30s", parsed)
+    }
+
+    fn bytes(&mut self, key: &str, text: &str) -> u64 {
+        let parsed = bytesize::ByteSize::from_str(text).map(|size| size.as_u64());
+        self.parse(key, text, "32MiB", parsed)
+    }
+
+    fn address(&mut self, key: &str, text: &str) -> SocketAddr {
+        let resolved = text
+            .to_socket_addrs()
+            .ok()
+            .and_then(|mut addresses| addresses.next());
+        resolved.unwrap_or_else(|| {
+            self.fault(format!(
+                "{key} = \"{text}\" is no address; write it like \"127.0.0.1:31313\""
+            ));
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        })
+    }
+}
+
+/// Checks settings and catalogue.
+pub(super) fn check(
+    settings: Settings,
+    models: Option<(PathBuf, ModelsFile)>,
+    file: Option<&Path>,
+) -> Result<Config, Vec<Fault>> {
+    let path = file.unwrap_or(Path::new("(defaults)"));
+    let mut checker = Checker {
+        file: path.into(),
+        faults: Vec::new(),
+    };
+    let config = build(settings, file, &mut checker);
+    let (models, default_model) = match models {
+        Some((path, models)) => {
+            let own = std::mem::replace(&mut checker.file, path);
+            let built = catalogue(models, &mut checker);
+            checker.file = own;
+            built
+        }
+        None => Default::default(),
+    };
+    if checker.faults.is_empty() {
+        Ok(Config {
+            models,
+            default_model,
+            ..config
+        })
+    } else {
+        Err(checker.faults)
+    }
+}
+
+fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Config {
+    let Settings {
+        gateway,
+        timeouts,
+        fleet,
+        eviction,
+        neurons,
+        models: _,
+    } = settings;
+    let routing = route::by_name(&gateway.routing).or_else(|| {
+        let known = route::POLICIES.join("\", \"");
+        checker.fault(format!(
+            "gateway.routing = \"{}\" is unknown; use one of \"{known}\"",
+            gateway.routing
+        ));
+        route::by_name(route::POLICIES[0])
+    });
+    let strategy = match eviction.strategy.as_str() {
+        "lru" => Strategy::Lru,
+        "priority" => Strategy::Priority,
+        other => {
+            checker.fault(format!(
+                "eviction.strategy = \"{other}\" is unknown; use \"lru\" or \"priority\""
+            ));
+            Strategy::Lru
+        }
+    };
+    for (key, value) in [
+        ("gateway.attempts", gateway.attempts),
+        ("gateway.max_waiting", gateway.max_waiting),
+        ("fleet.down_after", fleet.down_after as usize),
+    ] {
+        if value == 0 {
+            checker.fault(format!("{key} = 0: at least 1 is needed"));
+        }
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Config {
+        listen: checker.address("gateway.listen", &gateway.listen),
+        metrics_listen: checker.address("gateway.metrics_listen", &gateway.metrics_listen),
+        threads: if gateway.threads == 0 {
+            cores
+        } else {
+            gateway.threads
+        },
+        max_body: usize::try_from(checker.bytes("gateway.max_body", &gateway.max_body))
+            .unwrap_or(usize::MAX),
+        max_waiting: gateway.max_waiting,
+        attempts: gateway.attempts,
+        routing: routing.expect("the first policy of the list exists"),
+        timeouts: Timeouts {
+            connect: checker.duration("timeouts.connect", &timeouts.connect),
+            request_body: checker.duration("timeouts.request_body", &timeouts.request_body),
+            head: checker.duration("timeouts.head", &timeouts.head),
+            idle: checker.duration("timeouts.idle", &timeouts.idle),
+            load: checker.duration("timeouts.load", &timeouts.load),
+            keep_alive: checker.duration("timeouts.keep_alive", &timeouts.keep_alive),
+        },
+        drain: checker.duration("timeouts.drain", &timeouts.drain),
+        poll: Poll {
+            period: checker.duration("fleet.poll", &fleet.poll),
+            timeout: checker.duration("fleet.poll_timeout", &fleet.poll_timeout),
+            down_after: fleet.down_after,
+        },
+        eviction: Eviction {
+            strategy,
+            defrag_after_cycles: eviction.defrag_after_cycles,
+        },
+        neurons: nodes(neurons, checker),
+        models: BTreeMap::new(),
+        default_model: None,
+        file: file.map(Path::to_path_buf),
+    }
+}
+
+fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
+    let mut nodes: Vec<Neuron> = Vec::with_capacity(neurons.len());
+    for (index, neuron) in neurons.into_iter().enumerate() {
+        let key = format!("neurons[{index}]");
+        if neuron.name.is_empty() || !neuron.name.bytes().all(|b| b.is_ascii_graphic()) {
+            checker.fault(format!(
+                "{key}.name = \"{}\": use letters, digits and dashes",
+                neuron.name
+            ));
+        } else if nodes.iter().any(|node| *node.name == *neuron.name) {
+            checker.fault(format!(
+                "{key}.name = \"{}\" is taken by an earlier node",
+                neuron.name
+            ));
+        }
+        match endpoint(&neuron.endpoint) {
+            Some((authority, tls)) => {
+                nodes.push(Neuron { name: neuron.name.into(), authority: authority.into(), tls });
+            }
+            None => checker.fault(format!(
+                "{key}.endpoint = \"{}\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
+                neuron.endpoint
+            )),
+        }
+    }
+    nodes
+}
+
+/// Host, port and whether to speak TLS.
+fn endpoint(text: &str) -> Option<(String, bool)> {
+    let uri: http::Uri = text.parse().ok()?;
+    let tls = match uri.scheme_str()? {
+        "http" => false,
+        "https" => true,
+        _ => return None,
+    };
+    let plain = matches!(uri.path(), "" | "/") && uri.query().is_none();
+    let authority = uri.authority().filter(|_| plain)?;
+    let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
+    Some((format!("{}:{port}", authority.host()), tls))
+}
+
+type Catalogue = (BTreeMap<Arc<str>, Model>, Option<Arc<str>>);
+
+fn catalogue(file: ModelsFile, checker: &mut Checker) -> Catalogue {
+    let mut models = BTreeMap::new();
+    let mut names: HashMap<String, &str> = HashMap::new();
+    for (index, model) in file.models.iter().enumerate() {
+        let key = format!("models[{index}]");
+        for name in std::iter::once(&model.id).chain(&model.aliases) {
+            if name.is_empty() || name.chars().any(char::is_control) {
+                checker.fault(format!("{key}: \"{name}\" cannot name a model"));
+            }
+            if let Some(other) = names.insert(name.clone(), &model.id) {
+                checker.fault(format!(
+                    "{key}: the name \"{name}\" is already that of \"{other}\""
+                ));
+            }
+        }
+        if model.source.is_empty() {
+            checker.fault(format!(
+                "{key}.source is empty; give a folder or a hub id like \"owner/name\""
+            ));
+        }
+        let memory = model
+            .memory
+            .as_deref()
+            .map(|text| checker.bytes(&format!("{key}.memory"), text));
+        let entry = Model {
+            source: local_source(&checker.file, &model.source),
+            memory,
+            context_length: model.context_length,
+            pinned: model.pinned,
+            priority: model.priority,
+            aliases: model
+                .aliases
+                .iter()
+                .map(|alias| alias.as_str().into())
+                .collect(),
+        };
+        models.insert(Arc::from(model.id.as_str()), entry);
+    }
+    let default = file.default.as_deref().and_then(|name| {
+        let id = names.get(name).map(|id| Arc::from(*id));
+        if id.is_none() {
+            let known: Vec<&str> = file.models.iter().map(|model| model.id.as_str()).collect();
+            checker.fault(format!(
+                "default = \"{name}\" is no model here; there are: {}",
+                known.join(", ")
+            ));
+        }
+        id
+    });
+    (models, default)
+}
+
+/// A source that starts with a dot is a folder beside the catalogue; nodes get its full path.
+fn local_source(file: &Path, source: &str) -> String {
+    if !source.starts_with("./") && !source.starts_with("../") {
+        return source.into();
+    }
+    let path = file.parent().unwrap_or(Path::new("")).join(source);
+    std::path::absolute(&path)
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn faults(cortex: &str, models: &str) -> Vec<String> {
+        let settings = toml::from_str(cortex).expect("well formed");
+        let models = toml::from_str(models).expect("well formed");
+        check(
+            settings,
+            Some(("models.toml".into(), models)),
+            Some(Path::new("cortex.toml")),
+        )
+        .err()
+        .unwrap_or_default()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+    }
+
+    #[test]
+    fn every_fault_is_one_line_with_file_key_and_remedy() {
+        let cortex = r#"
+            [gateway]
+            listen = "nowhere"
+            max_body = "much"
+            routing = "best"
+            attempts = 0
+            [timeouts]
+            head = "0s"
+            [eviction]
+            strategy = "fifo"
+            [[neurons]]
+            name = "a"
+            endpoint = "10.0.0.5"
+            [[neurons]]
+            name = "b"
+            endpoint = "http://10.0.0.5"
+            [[neurons]]
+            name = "b"
+            endpoint = "http://10.0.0.6"
+        "#;
+        let models = r#"
+            default = "c"
+            [[models]]
+            id = "a"
+            source = ""
+            [[models]]
+            id = "b"
+            source = "x/y"
+            aliases = ["a"]
+        "#;
+        let faults = faults(cortex, models);
+        let expected = [
+            "cortex.toml: gateway.routing = \"best\" is unknown; use one of \"least_loaded\", \"round_robin\"",
+            "cortex.toml: eviction.strategy = \"fifo\" is unknown; use \"lru\" or \"priority\"",
+            "cortex.toml: gateway.attempts = 0: at least 1 is needed",
+            "cortex.toml: gateway.listen = \"nowhere\" is no address; write it like \"127.0.0.1:31313\"",
+            "cortex.toml: gateway.max_body = \"much\":",
+            "cortex.toml: timeouts.head = \"0s\": must be longer than nothing; write it like \"30s\"",
+            "cortex.toml: neurons[0].endpoint = \"10.0.0.5\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
+            "cortex.toml: neurons[2].name = \"b\" is taken by an earlier node",
+            "models.toml: models[0].source is empty; give a folder or a hub id like \"owner/name\"",
+            "models.toml: models[1]: the name \"a\" is already that of \"a\"",
+            "models.toml: default = \"c\" is no model here; there are: a, b",
+        ];
+        assert_eq!(faults.len(), expected.len(), "{faults:#?}");
+        for (fault, start) in faults.iter().zip(expected) {
+            assert!(
+                fault.starts_with(start),
+                "{fault}\nshould start with\n{start}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_plain_file_has_no_faults() {
+        assert_eq!(
+            faults(
+                "[[neurons]]\nname = \"a\"\nendpoint = \"https://gpu.lan\"",
+                ""
+            ),
+            [""; 0]
+        );
+        assert_eq!(
+            endpoint("https://gpu.lan"),
+            Some(("gpu.lan:443".into(), true))
+        );
+    }
+}

@@ -1,0 +1,156 @@
+//! The configuration files as written: one struct per table, unknown keys refused, no other type known.
+
+use super::check::Fault;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+
+/// `cortex.toml`.
+#[derive(Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settings {
+    pub(crate) gateway: Gateway,
+    pub(crate) timeouts: Timeouts,
+    pub(crate) fleet: Fleet,
+    pub(crate) eviction: Eviction,
+    pub(crate) neurons: Vec<Neuron>,
+    /// The catalogue's file, beside this one.
+    pub(crate) models: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Gateway {
+    pub(crate) listen: String,
+    pub(crate) metrics_listen: String,
+    /// 0: as many as there are cores.
+    pub(crate) threads: usize,
+    pub(crate) max_body: String,
+    pub(crate) max_waiting: usize,
+    pub(crate) attempts: usize,
+    pub(crate) routing: String,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Timeouts {
+    pub(crate) connect: String,
+    pub(crate) request_body: String,
+    pub(crate) head: String,
+    pub(crate) idle: String,
+    pub(crate) load: String,
+    pub(crate) keep_alive: String,
+    pub(crate) drain: String,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Fleet {
+    pub(crate) poll: String,
+    pub(crate) poll_timeout: String,
+    pub(crate) down_after: u32,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Eviction {
+    pub(crate) strategy: String,
+    pub(crate) defrag_after_cycles: u32,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Neuron {
+    pub(crate) name: String,
+    pub(crate) endpoint: String,
+}
+
+/// `models.toml`.
+#[derive(Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ModelsFile {
+    pub(crate) default: Option<String>,
+    pub(crate) models: Vec<Model>,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Model {
+    pub(crate) id: String,
+    pub(crate) source: String,
+    #[serde(default)]
+    pub(crate) memory: Option<String>,
+    #[serde(default)]
+    pub(crate) context_length: Option<u64>,
+    #[serde(default)]
+    pub(crate) pinned: bool,
+    #[serde(default)]
+    pub(crate) priority: i32,
+    #[serde(default)]
+    pub(crate) aliases: Vec<String>,
+}
+
+impl Default for Gateway {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:31313".into(),
+            metrics_listen: "127.0.0.1:31314".into(),
+            threads: 0,
+            max_body: "32MiB".into(),
+            max_waiting: 1024,
+            attempts: 3,
+            routing: "least_loaded".into(),
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: "2s".into(),
+            request_body: "30s".into(),
+            head: "10m".into(),
+            idle: "2m".into(),
+            load: "10m".into(),
+            keep_alive: "10s".into(),
+            drain: "30s".into(),
+        }
+    }
+}
+
+impl Default for Fleet {
+    fn default() -> Self {
+        Self {
+            poll: "2s".into(),
+            poll_timeout: "2s".into(),
+            down_after: 2,
+        }
+    }
+}
+
+impl Default for Eviction {
+    fn default() -> Self {
+        Self {
+            strategy: "lru".into(),
+            defrag_after_cycles: 0,
+        }
+    }
+}
+
+/// Reads a file of settings.
+///
+/// # Errors
+/// One fault naming the file and, where the parser knows it, the line.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, Fault> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Fault::new(path, format!("cannot be read: {error}")))?;
+    toml::from_str(&text).map_err(|error| {
+        let line = error
+            .span()
+            .map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+        Fault::new(
+            path,
+            format!("line {line}: {}", error.message().replace('\n', " ")),
+        )
+    })
+}

@@ -1,0 +1,241 @@
+//! Where clients' requests enter the stack and answers leave it.
+
+use crate::stack::Stack;
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use filters::{Body, Exchange, Request, Response, rescue};
+use futures::StreamExt;
+use http::{HeaderValue, Method, Version, header};
+use pingora_core::protocols::http::ServerSession;
+use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::{Error, ErrorType};
+use pingora_http::ResponseHeader;
+use pingora_proxy::{ProxyHttp, Session};
+use protocol::{ApiError, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::time::timeout;
+use tower::Service;
+
+/// How long a refused body is read on, so that the client sees the refusal and not a reset connection.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long a client may take to accept what we write.
+const WRITE: Duration = Duration::from_secs(60);
+
+/// What the gateway takes from a client before the stack sees anything.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Intake {
+    /// Longest body in bytes.
+    pub(crate) max_body: usize,
+    /// Longest time for a body to arrive.
+    pub(crate) body_deadline: Duration,
+}
+
+/// What serves requests now; replaced whole on reload. A request keeps the one it began with.
+pub(crate) struct Serving {
+    pub(crate) stack: Stack,
+    pub(crate) intake: Intake,
+}
+
+/// Hosts the stack in Pingora's proxy: `request_filter` answers every request itself, because a gateway that routes
+/// on the body has to read it before it can choose an upstream.
+pub(crate) struct Gateway {
+    serving: Arc<ArcSwap<Serving>>,
+    draining: Arc<AtomicBool>,
+}
+
+impl Gateway {
+    pub(crate) fn new(serving: Arc<ArcSwap<Serving>>, draining: Arc<AtomicBool>) -> Self {
+        Self { serving, draining }
+    }
+
+    async fn answer(&self, session: &mut ServerSession) -> pingora_core::Result<()> {
+        let serving = self.serving.load_full();
+        let head = session.req_header().as_owned_parts();
+        let body = match self.intake(session, &serving.intake).await {
+            Ok(body) => body,
+            Err(error) => {
+                session.set_keepalive(None); // the rest of the request is in the way of the next
+                let refusal = rescue::reply(&Exchange::open(&head), &error);
+                write(session, refusal).await?;
+                let _ = timeout(DRAIN, session.drain_request_body()).await;
+                return Ok(());
+            }
+        };
+        let mut stack = serving.stack.clone();
+        drop(serving);
+        let response = tokio::select! {
+            biased;
+            response = stack.call(Request::new(head, body)) => response,
+            gone = client_gone(session) => return Err(gone),
+        };
+        let Ok(response) = response;
+        write(session, response).await
+    }
+
+    /// The whole body, within its limits.
+    async fn intake(
+        &self,
+        session: &mut ServerSession,
+        limits: &Intake,
+    ) -> Result<Bytes, ApiError> {
+        if self.draining.load(Ordering::Relaxed) {
+            let error = ApiError::new(ErrorKind::Unavailable, "this gateway is shutting down");
+            return Err(error.retry_after(Duration::from_secs(1)));
+        }
+        let headers = &session.req_header().headers;
+        let announced = headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+        if announced.is_some_and(|length| length > limits.max_body) {
+            return Err(too_large(limits.max_body));
+        }
+        if headers
+            .get(header::EXPECT)
+            .is_some_and(|what| what.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+        {
+            session
+                .write_continue_response()
+                .await
+                .map_err(unreadable)?;
+        }
+        timeout(limits.body_deadline, read_body(session, limits.max_body))
+            .await
+            .unwrap_or_else(|_| {
+                let seconds = limits.body_deadline.as_secs();
+                let message = format!("the request's body did not arrive within {seconds} s");
+                Err(ApiError::new(ErrorKind::RequestTimeout, message))
+            })
+    }
+}
+
+async fn read_body(session: &mut ServerSession, limit: usize) -> Result<Bytes, ApiError> {
+    let Some(first) = session.read_request_body().await.map_err(unreadable)? else {
+        return Ok(Bytes::new());
+    };
+    if first.len() > limit {
+        return Err(too_large(limit));
+    }
+    let Some(second) = session.read_request_body().await.map_err(unreadable)? else {
+        return Ok(first); // most requests come in one piece, which is not copied
+    };
+    let mut all = BytesMut::from(first);
+    let mut next = Some(second);
+    while let Some(piece) = next {
+        if all.len() + piece.len() > limit {
+            return Err(too_large(limit));
+        }
+        all.extend_from_slice(&piece);
+        next = session.read_request_body().await.map_err(unreadable)?;
+    }
+    Ok(all.freeze())
+}
+
+fn too_large(limit: usize) -> ApiError {
+    ApiError::new(
+        ErrorKind::PayloadTooLarge,
+        format!("the body is longer than {limit} bytes"),
+    )
+}
+
+fn unreadable(error: Box<Error>) -> ApiError {
+    ApiError::new(
+        ErrorKind::InvalidRequest,
+        "the request's body could not be read",
+    )
+    .caused_by(error)
+}
+
+/// Ends when the client has closed its connection. A further request that comes early is kept for later.
+async fn client_gone(session: &mut ServerSession) -> Box<Error> {
+    loop {
+        match session.read_body_or_idle(true).await {
+            Ok(_) => {}
+            Err(gone) => return gone,
+        }
+    }
+}
+
+async fn write(session: &mut ServerSession, response: Response) -> pingora_core::Result<()> {
+    session.set_write_timeout(Some(WRITE));
+    let (head, mut body) = response.into_parts();
+    let mut header = ResponseHeader::build(head.status, Some(head.headers.len() + 3))?;
+    for (name, value) in &head.headers {
+        header.append_header(name, value)?;
+    }
+    let bodyless = session.req_header().method == Method::HEAD;
+    if let Some(whole) = body.as_whole().cloned() {
+        header.insert_header(header::CONTENT_LENGTH, whole.len())?;
+        session.write_response_header(Box::new(header)).await?;
+        let rest = if bodyless { Bytes::new() } else { whole };
+        return session.write_response_body(rest, true).await;
+    }
+    header.insert_header(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"))?;
+    header.insert_header("x-accel-buffering", HeaderValue::from_static("no"))?;
+    match session.req_header().version {
+        Version::HTTP_11 => {
+            header.insert_header(
+                header::TRANSFER_ENCODING,
+                HeaderValue::from_static("chunked"),
+            )?;
+        }
+        Version::HTTP_10 => session.set_keepalive(None),
+        _ => {}
+    }
+    session.write_response_header(Box::new(header)).await?;
+    pass(session, &mut body).await
+}
+
+/// Writes the pieces of a stream as they come. Returning drops the body, which cancels whatever makes it.
+async fn pass(session: &mut ServerSession, body: &mut Body) -> pingora_core::Result<()> {
+    loop {
+        let piece = tokio::select! {
+            biased;
+            piece = body.next() => piece,
+            gone = client_gone(session) => return Err(gone),
+        };
+        match piece {
+            Some(Ok(bytes)) => session.write_response_body(bytes, false).await?,
+            None => return session.write_response_body(Bytes::new(), true).await,
+            // `rescue` tells the client of every failure, so this would be a fault of ours: cut, do not end well
+            Some(Err(error)) => {
+                return Error::e_because(ErrorType::InternalError, "unrescued body", error);
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for Gateway {
+    type CTX = ();
+
+    fn new_ctx(&self) {}
+
+    async fn request_filter(
+        &self,
+        session: &mut Session,
+        (): &mut (),
+    ) -> pingora_core::Result<bool> {
+        let session = session.as_downstream_mut();
+        session.set_pipelining_enabled(true);
+        if let Err(error) = self.answer(session).await {
+            tracing::debug!(%error, "client left");
+            session.set_keepalive(None);
+            session.shutdown().await;
+        }
+        Ok(true)
+    }
+
+    async fn upstream_peer(
+        &self,
+        _: &mut Session,
+        (): &mut (),
+    ) -> pingora_core::Result<Box<HttpPeer>> {
+        Error::e_explain(
+            ErrorType::InternalError,
+            "request_filter answers every request",
+        )
+    }
+}

@@ -1,0 +1,123 @@
+//! The process: listeners, background tasks, and how it ends.
+
+use super::downstream::Gateway;
+use crate::app::App;
+use async_trait::async_trait;
+use pingora_core::apps::http_app::ServeHttp;
+use pingora_core::protocols::http::ServerSession;
+use pingora_core::server::configuration::ServerConf;
+use pingora_core::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora_core::services::background::{BackgroundService, background_service};
+use pingora_core::services::listening::Service;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, sleep};
+
+/// An address that cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {source}")]
+pub(crate) struct Unavailable {
+    address: SocketAddr,
+    source: std::io::Error,
+}
+
+/// Runs the gateway until it is told to stop and has drained.
+pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
+    let config = app.config();
+    for address in [config.listen, config.metrics_listen] {
+        // Pingora panics in a thread of its own when a port is taken; here it is one line instead
+        drop(TcpListener::bind(address).map_err(|source| Unavailable { address, source })?);
+    }
+    let conf = ServerConf {
+        threads: config.threads,
+        graceful_shutdown_timeout_seconds: Some(1),
+        ..ServerConf::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(None, conf);
+    server.bootstrap();
+
+    let gateway = Gateway::new(app.serving.clone(), app.draining.clone());
+    let mut gateway = pingora_proxy::http_proxy_service(&server.configuration, gateway);
+    gateway.add_tcp(&config.listen.to_string());
+    server.add_service(gateway);
+
+    let mut admin = Service::new("admin".into(), Admin(app.clone()));
+    admin.add_tcp(&config.metrics_listen.to_string());
+    admin.threads = Some(1);
+    server.add_service(admin);
+
+    server.add_service(background_service("fleet", Background(app.clone())));
+    tracing::info!(
+        "API on http://{}, metrics on http://{}",
+        config.listen,
+        config.metrics_listen
+    );
+    drop(config);
+    server.run(RunArgs {
+        shutdown_signal: Box::new(Stop(app.clone())),
+    });
+    Ok(())
+}
+
+/// The second listener.
+struct Admin(Arc<App>);
+
+#[async_trait]
+impl ServeHttp for Admin {
+    async fn response(&self, session: &mut ServerSession) -> http::Response<Vec<u8>> {
+        let head = session.req_header();
+        crate::admin::respond(&self.0, &head.method, head.uri.path())
+    }
+}
+
+/// Polls the fleet, runs the lifecycle and listens for reloads, on a thread of its own.
+struct Background(Arc<App>);
+
+#[async_trait]
+impl BackgroundService for Background {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        tokio::select! {
+            () = self.0.run_background() => {}
+            _ = shutdown.changed() => {}
+        }
+    }
+}
+
+/// SIGTERM and the first SIGINT drain: new requests are refused, running ones may end within the bound.
+/// A second SIGINT does not wait.
+struct Stop(Arc<App>);
+
+#[async_trait]
+impl ShutdownSignalWatch for Stop {
+    async fn recv(&self) -> ShutdownSignal {
+        let mut terminate = watch(SignalKind::terminate());
+        let mut interrupt = watch(SignalKind::interrupt());
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = self.0.stop.notified() => {}
+        }
+        self.0.draining.store(true, Ordering::Relaxed);
+        let bound = self.0.config().drain;
+        tracing::info!(
+            in_flight = self.0.metrics.in_flight(),
+            "draining for at most {} s",
+            bound.as_secs()
+        );
+        let deadline = Instant::now() + bound;
+        while self.0.metrics.in_flight() > 0 && Instant::now() < deadline {
+            tokio::select! {
+                () = sleep(Duration::from_millis(20)) => {}
+                _ = interrupt.recv() => break,
+            }
+        }
+        ShutdownSignal::FastShutdown
+    }
+}
+
+fn watch(kind: SignalKind) -> Signal {
+    signal(kind).expect("a process may watch these signals")
+}

@@ -1,0 +1,47 @@
+//! The only list of filters, outermost first, with a reason each.
+
+use crate::config::Config;
+use crate::pingora::upstream::Upstream;
+use filters::keep_alive::KeepAliveLayer;
+use filters::metrics::{Metrics, MetricsLayer, ObserveLayer};
+use filters::rescue::RescueLayer;
+use filters::residency::{Residency, ResidencyLayer};
+use filters::resolve::{Catalogue, ResolveLayer};
+use filters::retry::RetryLayer;
+use filters::route::RouteLayer;
+use filters::timeout::TimeoutLayer;
+use filters::trace::TraceLayer;
+use filters::translate::TranslateLayer;
+use filters::{Request, Response};
+use std::convert::Infallible;
+use std::sync::Arc;
+use tower::ServiceBuilder;
+use tower::util::BoxCloneSyncService;
+
+/// What a request passes through.
+pub(crate) type Stack = BoxCloneSyncService<Request, Response, Infallible>;
+
+/// Builds the stack for one configuration.
+pub(crate) fn build(
+    config: &Config,
+    metrics: &Metrics,
+    catalogue: Arc<dyn Catalogue>,
+    residency: Arc<dyn Residency>,
+    upstream: Upstream,
+) -> Stack {
+    let timeouts = &config.timeouts;
+    let stack = ServiceBuilder::new()
+        .layer(TraceLayer) // first: every reply has an id and every exchange its line, whatever happens below
+        .layer(MetricsLayer::new(metrics.clone())) // above rescue, so that it counts the status the client saw
+        .layer(RescueLayer) // above all that can fail: from here up nothing does
+        .layer(ResolveLayer::new(catalogue)) // before anything that costs: no model, no work
+        .layer(TranslateLayer) // below it there are only chat and text completions
+        .layer(KeepAliveLayer::new(timeouts.keep_alive)) // above all that waits, below translation, so that comments become pings
+        .layer(ResidencyLayer::new(residency)) // above retry: all attempts share one lease
+        .layer(RetryLayer::new(config.attempts)) // above route: each attempt chooses anew
+        .layer(RouteLayer::new(config.routing.clone())) // counts in flight for exactly one node
+        .layer(TimeoutLayer::new(timeouts.head, timeouts.idle)) // one node's own time, not that of the wait before it
+        .layer(ObserveLayer) // sees the node's answer before anybody changes it
+        .service(upstream);
+    BoxCloneSyncService::new(stack)
+}
