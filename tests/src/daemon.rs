@@ -1,0 +1,288 @@
+//! cortex and neuron as child processes on loopback.
+
+use crate::until;
+use reqwest::{Client, StatusCode};
+use serde_json::Value;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+
+/// The folder of this package.
+#[must_use]
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_path_buf()
+}
+
+/// A model folder under `tests/fixtures/models`.
+#[must_use]
+pub fn model(name: &str) -> PathBuf {
+    root().join("tests/fixtures/models").join(name)
+}
+
+/// A binary of the workspace, built by `cargo test --workspace` before any test runs.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let path = own.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(
+        path.is_file(),
+        "{} is not there: run `cargo test --workspace`",
+        path.display()
+    );
+    path
+}
+
+/// An address on loopback that nobody uses now.
+#[must_use]
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+/// A child process whose log lines can be waited for. Killed when dropped.
+pub struct Daemon {
+    pub child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+    grown: watch::Receiver<usize>,
+}
+
+impl Daemon {
+    /// Starts `name` with `args`; its standard error is kept.
+    #[must_use]
+    pub fn start(name: &str, args: &[&str]) -> Self {
+        let mut child = Command::new(binary(name))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let (grow, grown) = watch::channel(0);
+        let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+        let kept = lines.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = stderr.next_line().await {
+                let mut kept = kept.lock().unwrap();
+                kept.push(line);
+                let _ = grow.send(kept.len());
+            }
+        });
+        Self {
+            child,
+            lines,
+            grown,
+        }
+    }
+
+    /// Waits for a log line that contains `text`.
+    pub async fn line(&mut self, text: &str) -> String {
+        loop {
+            if let Some(line) = self.log().into_iter().find(|line| line.contains(text)) {
+                return line;
+            }
+            let grown = tokio::time::timeout(crate::PATIENCE, self.grown.changed()).await;
+            assert!(
+                matches!(grown, Ok(Ok(()))),
+                "no line says {text:?}:\n{}",
+                self.log().join("\n")
+            );
+        }
+    }
+
+    /// Every log line so far.
+    #[must_use]
+    pub fn log(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Sends a signal by its name, as `kill` knows it.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().expect("it runs").to_string();
+        let sent = std::process::Command::new("kill")
+            .args([&format!("-{name}"), &pid])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// Waits for its end and gives the exit code.
+    pub async fn ended(&mut self) -> Option<i32> {
+        tokio::time::timeout(crate::PATIENCE, self.child.wait())
+            .await
+            .expect("it ends")
+            .unwrap()
+            .code()
+    }
+}
+
+/// A running gateway.
+pub struct Cortex {
+    pub daemon: Daemon,
+    /// Where clients talk to it.
+    pub api: String,
+    /// Where its metrics are.
+    pub admin: String,
+    pub client: Client,
+    folder: TempDir,
+    head: String,
+}
+
+/// A node of the configuration: name and address.
+pub type NodeAt<'a> = (&'a str, SocketAddr);
+
+impl Cortex {
+    /// Starts a gateway over `nodes`, with `models` as its catalogue and `extra` lines of `cortex.toml`,
+    /// and waits until it has seen every node.
+    pub async fn start(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
+        let mut cortex = Self::spawn(nodes, models, extra).await;
+        for (name, _) in nodes {
+            cortex
+                .daemon
+                .line(&format!("node is up node=\"{name}\""))
+                .await;
+        }
+        cortex
+    }
+
+    /// As [`Cortex::start`], but only waits until it listens.
+    pub async fn spawn(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
+        let (api, admin) = (free_address(), free_address());
+        let folder = TempDir::new().unwrap();
+        let head = format!("listen = \"{api}\"\nmetrics_listen = \"{admin}\"\n");
+        write_config(folder.path(), &head, nodes, models, extra);
+        let file = folder.path().join("cortex.toml");
+        let daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
+        let client = Client::builder().no_proxy().build().unwrap();
+        let cortex = Self {
+            daemon,
+            api: format!("http://{api}"),
+            admin: format!("http://{admin}"),
+            client,
+            folder,
+            head,
+        };
+        until("cortex listens", || async {
+            let live = cortex
+                .client
+                .get(format!("{}/health/live", cortex.admin))
+                .send()
+                .await;
+            let open = tokio::net::TcpStream::connect(api).await;
+            (live.is_ok() && open.is_ok()).then_some(())
+        })
+        .await;
+        cortex
+    }
+
+    /// Writes other files and has them read; waits until the gateway has said what it thinks of them.
+    pub async fn reload(&mut self, nodes: &[NodeAt<'_>], models: &str, extra: &str) -> String {
+        write_config(self.folder.path(), &self.head, nodes, models, extra);
+        let before = self.daemon.log().len();
+        self.daemon.signal("HUP");
+        let daemon = &self.daemon;
+        until("a word about the reload", || async {
+            daemon.log()[before..]
+                .iter()
+                .find(|line| line.contains("configuration"))
+                .cloned()
+        })
+        .await
+    }
+
+    /// Posts JSON.
+    pub async fn post(&self, path: &str, body: &Value) -> reqwest::Response {
+        self.client
+            .post(format!("{}{path}", self.api))
+            .body(body.to_string())
+            .header("content-type", "application/json")
+            .send()
+            .await
+            .unwrap()
+    }
+
+    /// Posts JSON and reads JSON.
+    pub async fn ask(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        let reply = self.post(path, body).await;
+        (reply.status(), reply.json().await.unwrap())
+    }
+
+    /// One line of the metrics, found by its name and labels; its value.
+    pub async fn metric(&self, name: &str) -> Option<f64> {
+        let text = self
+            .client
+            .get(format!("{}/metrics", self.admin))
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name) && line[name.len()..].starts_with(' '))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+}
+
+fn write_config(folder: &Path, head: &str, nodes: &[NodeAt<'_>], models: &str, extra: &str) {
+    let mut text = String::from("models = \"models.toml\"\n");
+    let (gateway, rest) = extra
+        .split_once('[')
+        .map_or((extra, String::new()), |(own, rest)| {
+            (own, format!("[{rest}"))
+        });
+    text += &format!("[gateway]\n{head}{gateway}\n{rest}\n");
+    if !rest.contains("[fleet]") {
+        text += "[fleet]\npoll = \"100ms\"\n";
+    }
+    for (name, address) in nodes {
+        text += &format!("[[neurons]]\nname = \"{name}\"\nendpoint = \"http://{address}\"\n");
+    }
+    std::fs::write(folder.join("models.toml"), models).unwrap();
+    std::fs::write(folder.join("cortex.toml"), text).unwrap();
+}
+
+/// Starts a real neuron with a fixture model and waits until it serves it.
+pub async fn neuron(fixture: &str, id: &str) -> (Daemon, SocketAddr) {
+    let folder = model(fixture);
+    let args = [
+        "--model",
+        folder.to_str().unwrap(),
+        "--id",
+        id,
+        "--listen",
+        "127.0.0.1:0",
+    ];
+    let mut daemon = Daemon::start("neuron", &args);
+    let line = daemon.line("listening on http://").await;
+    let address = line
+        .split("http://")
+        .nth(1)
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap();
+    let address: SocketAddr = address.parse().unwrap();
+    let client = Client::builder().no_proxy().build().unwrap();
+    until("the model is loaded", || async {
+        let ready = client
+            .get(format!("http://{address}/health/ready"))
+            .send()
+            .await
+            .ok()?;
+        ready.status().is_success().then_some(())
+    })
+    .await;
+    (daemon, address)
+}

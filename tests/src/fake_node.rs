@@ -1,0 +1,421 @@
+//! A scripted neuron: speaks the fleet protocol and answers requests as it was told.
+
+use crate::until;
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures::StreamExt;
+use protocol::node::{
+    DeviceInfo, LoadModel, ModelState, ModelStatus, NodeInfo, NodeModels, UnloadModel,
+};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+/// How the node answers a request.
+#[derive(Clone)]
+pub enum Script {
+    /// A whole answer that says which node gave it.
+    Answer,
+    /// This status and body.
+    Refuse(u16, Value),
+    /// A stream of these events, ended properly.
+    Stream(Vec<String>),
+    /// These events, and then the connection is cut.
+    Tear(Vec<String>),
+    /// These events, and then silence until the client goes.
+    Hang(Vec<String>),
+    /// Events that wait for [`FakeNode::step`], one step an event.
+    Stepped(Vec<String>),
+    /// No answer at all until the client goes.
+    Silent,
+}
+
+/// How it loads models.
+#[derive(Clone, Default)]
+pub enum Loading {
+    /// At once.
+    #[default]
+    Prompt,
+    /// When [`FakeNode::release`] is called.
+    Held,
+    /// Never, for this reason.
+    Fails(String),
+}
+
+/// A request as the node saw it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub path: String,
+    pub headers: HeaderMap,
+    pub body: Value,
+}
+
+struct Shared {
+    name: String,
+    total: u64,
+    models: BTreeMap<String, ModelStatus>,
+    sizes: BTreeMap<String, u64>,
+    script: Script,
+    loading: Loading,
+    seen: Vec<Seen>,
+    /// Calls that change models, in order: `load a`, `unload a`.
+    changes: Vec<String>,
+    /// Answers that were dropped before their end.
+    left: usize,
+    /// Answers being given.
+    open: usize,
+}
+
+/// A scripted neuron on loopback.
+pub struct FakeNode {
+    pub address: SocketAddr,
+    shared: Arc<Mutex<Shared>>,
+    step: Arc<Notify>,
+    server: JoinHandle<()>,
+}
+
+type Node = (Arc<Mutex<Shared>>, Arc<Notify>);
+
+impl FakeNode {
+    /// A node with 1000 bytes of memory that answers every request.
+    pub async fn start(name: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::on(listener, name)
+    }
+
+    /// The same at a given address, as when a node comes back.
+    pub async fn start_at(name: &str, address: SocketAddr) -> Self {
+        Self::on(TcpListener::bind(address).await.unwrap(), name)
+    }
+
+    fn on(listener: TcpListener, name: &str) -> Self {
+        let shared = Arc::new(Mutex::new(Shared {
+            name: name.into(),
+            total: 1000,
+            models: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            script: Script::Answer,
+            loading: Loading::Prompt,
+            seen: Vec::new(),
+            changes: Vec::new(),
+            left: 0,
+            open: 0,
+        }));
+        let step = Arc::new(Notify::new());
+        let router = Router::new()
+            .route("/discovery", get(discovery))
+            .route("/models", get(models))
+            .route("/models/load", post(load))
+            .route("/models/unload", post(unload))
+            .route("/v1/chat/completions", post(exchange))
+            .route("/v1/completions", post(exchange))
+            .with_state((shared.clone(), step.clone()));
+        let address = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        Self {
+            address,
+            shared,
+            step,
+            server,
+        }
+    }
+
+    fn with<T>(&self, look: impl FnOnce(&mut Shared) -> T) -> T {
+        look(&mut self.shared.lock().unwrap())
+    }
+
+    /// Has `model` loaded, taking `bytes`.
+    #[must_use]
+    pub fn holding(self, model: &str, bytes: u64) -> Self {
+        self.with(|shared| {
+            shared
+                .models
+                .insert(model.into(), status(model, ModelState::Loaded, bytes));
+        });
+        self
+    }
+
+    /// Says how large a model will be once it is loaded.
+    #[must_use]
+    pub fn sized(self, model: &str, bytes: u64) -> Self {
+        self.with(|shared| shared.sizes.insert(model.into(), bytes));
+        self
+    }
+
+    /// From now on requests are answered like this.
+    pub fn script(&self, script: Script) {
+        self.with(|shared| shared.script = script);
+    }
+
+    /// From now on models are loaded like this.
+    pub fn loading(&self, loading: Loading) {
+        self.with(|shared| shared.loading = loading);
+    }
+
+    /// Ends the loads that were held.
+    pub fn release(&self) {
+        self.with(|shared| {
+            shared.loading = Loading::Prompt;
+            for model in shared.models.values_mut() {
+                model.state = ModelState::Loaded;
+            }
+        });
+    }
+
+    /// Lets stepped streams go on by one event.
+    pub fn step(&self) {
+        self.step.notify_waiters();
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.with(|shared| shared.seen.clone())
+    }
+
+    pub fn changes(&self) -> Vec<String> {
+        self.with(|shared| shared.changes.clone())
+    }
+
+    pub fn open(&self) -> usize {
+        self.with(|shared| shared.open)
+    }
+
+    /// Waits until `count` requests have come.
+    pub async fn asked(&self, count: usize) {
+        until("requests at the node", || async {
+            (self.seen().len() >= count).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until `count` answers have been dropped before their end.
+    pub async fn left(&self, count: usize) {
+        until("the client leaves", || async {
+            (self.with(|shared| shared.left) >= count).then_some(())
+        })
+        .await;
+    }
+}
+
+impl Drop for FakeNode {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+fn status(id: &str, state: ModelState, bytes: u64) -> ModelStatus {
+    ModelStatus {
+        id: id.into(),
+        state,
+        progress: 1.0,
+        reason: None,
+        source: format!("/models/{id}"),
+        devices: vec!["cpu".into()],
+        memory_bytes: bytes,
+        context_length: 4096,
+        in_flight: 0,
+        since: 1,
+    }
+}
+
+async fn discovery(State((shared, _)): State<Node>) -> Response {
+    let shared = shared.lock().unwrap();
+    let used: u64 = shared.models.values().map(|model| model.memory_bytes).sum();
+    let info = NodeInfo {
+        host: shared.name.clone(),
+        version: "fake".into(),
+        devices: vec![DeviceInfo {
+            id: "cpu".into(),
+            name: "scripted".into(),
+            total_bytes: shared.total,
+            free_bytes: shared.total.saturating_sub(used),
+        }],
+        features: vec!["cpu".into()],
+    };
+    axum::Json(info).into_response()
+}
+
+async fn models(State((shared, _)): State<Node>) -> Response {
+    let models = shared.lock().unwrap().models.values().cloned().collect();
+    axum::Json(NodeModels { models }).into_response()
+}
+
+async fn load(State((shared, _)): State<Node>, body: Bytes) -> Response {
+    let load: LoadModel = serde_json::from_slice(&body).unwrap();
+    let mut shared = shared.lock().unwrap();
+    shared.changes.push(format!("load {}", load.id));
+    let bytes = shared.sizes.get(&load.id).copied().unwrap_or(100);
+    let mut model = status(&load.id, ModelState::Loaded, bytes);
+    match &shared.loading {
+        Loading::Prompt => {}
+        Loading::Held => model.state = ModelState::Loading,
+        Loading::Fails(reason) => {
+            (model.state, model.memory_bytes) = (ModelState::Failed, 0);
+            model.reason = Some(reason.clone());
+        }
+    }
+    shared.models.insert(load.id, model.clone());
+    (StatusCode::ACCEPTED, axum::Json(model)).into_response()
+}
+
+async fn unload(State((shared, _)): State<Node>, body: Bytes) -> Response {
+    let unload: UnloadModel = serde_json::from_slice(&body).unwrap();
+    let mut shared = shared.lock().unwrap();
+    shared.changes.push(format!("unload {}", unload.id));
+    match shared.models.remove(&unload.id) {
+        Some(model) => axum::Json(model).into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+async fn exchange(
+    State((shared, step)): State<Node>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    let model = body["model"].as_str().unwrap().to_owned();
+    let (script, name, loaded) = {
+        let mut shared = shared.lock().unwrap();
+        shared.seen.push(Seen {
+            path: uri.path().into(),
+            headers,
+            body,
+        });
+        let loaded = shared
+            .models
+            .get(&model)
+            .is_some_and(|model| model.state == ModelState::Loaded);
+        (shared.script.clone(), shared.name.clone(), loaded)
+    };
+    if !loaded {
+        let error = json!({"error": {"message": "not here", "type": "invalid_request_error", "code": "model_not_found"}});
+        return (StatusCode::NOT_FOUND, axum::Json(error)).into_response();
+    }
+    let guard = Guard::open(&shared);
+    match script {
+        Script::Answer => {
+            guard.end();
+            axum::Json(answer(&model, &name)).into_response()
+        }
+        Script::Refuse(status, body) => {
+            guard.end();
+            (StatusCode::from_u16(status).unwrap(), axum::Json(body)).into_response()
+        }
+        Script::Stream(events) => stream(events, guard, End::Well, None),
+        Script::Tear(events) => stream(events, guard, End::Torn, None),
+        Script::Hang(events) => stream(events, guard, End::Never, None),
+        Script::Stepped(events) => stream(events, guard, End::Well, Some(step)),
+        Script::Silent => {
+            let _guard = guard;
+            std::future::pending().await
+        }
+    }
+}
+
+/// A whole answer whose text is the node's name.
+fn answer(model: &str, node: &str) -> Value {
+    json!({
+        "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": model,
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": node}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+    })
+}
+
+/// The events of a short streamed answer in `words`, as a neuron sends them.
+#[must_use]
+pub fn words(words: &[&str]) -> Vec<String> {
+    let chunk = |delta: Value, finish: Value| {
+        let chunk = json!({
+            "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m",
+            "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+        });
+        format!("data: {chunk}\n\n")
+    };
+    let mut events = vec![chunk(
+        json!({"role": "assistant", "content": ""}),
+        Value::Null,
+    )];
+    events.extend(
+        words
+            .iter()
+            .map(|word| chunk(json!({"content": word}), Value::Null)),
+    );
+    events.push(chunk(json!({}), "stop".into()));
+    events.push(
+        ": usage {\"prompt_tokens\":7,\"completion_tokens\":3,\"total_tokens\":10}\n\n".into(),
+    );
+    events.push("data: [DONE]\n\n".into());
+    events
+}
+
+enum End {
+    Well,
+    Torn,
+    Never,
+}
+
+fn stream(events: Vec<String>, guard: Guard, end: End, step: Option<Arc<Notify>>) -> Response {
+    let body = futures::stream::unfold(
+        (events.into_iter(), guard, end, step),
+        |(mut events, guard, end, step)| async move {
+            match (events.next(), &end) {
+                (Some(event), _) => {
+                    if let Some(step) = &step {
+                        step.notified().await;
+                    }
+                    Some((Ok(event), (events, guard, end, step)))
+                }
+                (None, End::Well) => {
+                    guard.end();
+                    None
+                }
+                (None, End::Torn) => Some((
+                    Err(std::io::Error::other("torn")),
+                    (events, guard, end, step),
+                )),
+                (None, End::Never) => std::future::pending().await,
+            }
+        },
+    );
+    Response::builder()
+        .header("content-type", "text/event-stream")
+        .body(Body::from_stream(body.map(|event| event.map(Bytes::from))))
+        .unwrap()
+}
+
+/// Knows whether an answer was given to its end.
+struct Guard {
+    shared: Arc<Mutex<Shared>>,
+    ended: bool,
+}
+
+impl Guard {
+    fn open(shared: &Arc<Mutex<Shared>>) -> Self {
+        shared.lock().unwrap().open += 1;
+        Self {
+            shared: shared.clone(),
+            ended: false,
+        }
+    }
+
+    fn end(mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let mut shared = self.shared.lock().unwrap();
+        shared.open -= 1;
+        shared.left += usize::from(!self.ended);
+    }
+}
