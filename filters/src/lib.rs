@@ -35,6 +35,8 @@ pub struct Request {
     pub head: http::request::Parts,
     /// The body as the next layer is to see it.
     pub body: Bytes,
+    /// Why the host could not read the request whole; `resolve` refuses it with that.
+    pub refusal: Option<ApiError>,
     /// What is known about the exchange so far.
     pub exchange: Arc<Exchange>,
     /// Nodes that can serve it; filled by `residency`.
@@ -51,9 +53,20 @@ impl Request {
         Self {
             head,
             body,
+            refusal: None,
             exchange,
             candidates: Arc::from([]),
             endpoint: None,
+        }
+    }
+
+    /// A request that could not be read whole. It passes the stack all the same, so that it is logged, counted and
+    /// refused in its dialect like any other.
+    #[must_use]
+    pub fn refused(head: http::request::Parts, error: ApiError) -> Self {
+        Self {
+            refusal: Some(error),
+            ..Self::new(head, Bytes::new())
         }
     }
 }

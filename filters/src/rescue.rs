@@ -64,8 +64,7 @@ where
 }
 
 /// The reply that tells the client of `error`, in the dialect of its path.
-#[must_use]
-pub fn reply(exchange: &Exchange, error: &ApiError) -> Response {
+fn reply(exchange: &Exchange, error: &ApiError) -> Response {
     let mut response = Response::new(Body::whole(exchange.dialect.error(error, &exchange.id)));
     *response.status_mut() = http::StatusCode::from_u16(exchange.dialect.status(error))
         .unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);

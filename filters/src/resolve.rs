@@ -131,6 +131,9 @@ where
 }
 
 fn route_of(request: &Request) -> Result<Route, ApiError> {
+    if let Some(refusal) = &request.refusal {
+        return Err(refusal.clone());
+    }
     let route = request.exchange.route;
     if route == Route::Unknown {
         return Err(ApiError::new(

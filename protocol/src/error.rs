@@ -4,6 +4,7 @@
 //! safe to show and whose `source` is for the log. The dialect decides how it is spelt.
 
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What went wrong, as far as a client needs to tell cases apart.
@@ -141,7 +142,7 @@ impl ErrorKind {
 }
 
 /// An error on its way to a client.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
     /// What it is; decides status, type and code.
@@ -156,7 +157,7 @@ pub struct ApiError {
     pub allow: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]
-    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl ApiError {
@@ -202,7 +203,7 @@ impl ApiError {
         mut self,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(Arc::from(source.into()));
         self
     }
 

@@ -145,14 +145,38 @@ impl Cortex {
     /// Starts a gateway over `nodes`, with `models` as its catalogue and `extra` lines of `cortex.toml`,
     /// and waits until it has seen every node.
     pub async fn start(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
-        let mut cortex = Self::spawn(nodes, models, extra).await;
-        for (name, _) in nodes {
-            cortex
-                .daemon
-                .line(&format!("node is up node=\"{name}\""))
-                .await;
-        }
+        let cortex = Self::spawn(nodes, models, extra).await;
         cortex
+            .sees(
+                &nodes
+                    .iter()
+                    .map(|(name, _)| (*name, "up"))
+                    .collect::<Vec<_>>(),
+            )
+            .await;
+        cortex
+    }
+
+    /// Waits until these nodes are all it has, in this health.
+    pub async fn sees(&self, expected: &[(&str, &str)]) {
+        until(&format!("the fleet is {expected:?}"), || async {
+            let status: Value = self
+                .client
+                .get(format!("{}/status", self.admin))
+                .send()
+                .await
+                .ok()?
+                .json()
+                .await
+                .ok()?;
+            let nodes = status["nodes"].as_array()?;
+            let seen: Vec<_> = nodes
+                .iter()
+                .filter_map(|node| Some((node["name"].as_str()?, node["health"].as_str()?)))
+                .collect();
+            (seen == expected).then_some(())
+        })
+        .await;
     }
 
     /// As [`Cortex::start`], but only waits until it listens.

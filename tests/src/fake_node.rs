@@ -13,11 +13,10 @@ use protocol::node::{
 };
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
-use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 
 /// How the node answers a request.
 #[derive(Clone)]
@@ -28,7 +27,7 @@ pub enum Script {
     Refuse(u16, Value),
     /// A stream of these events, ended properly.
     Stream(Vec<String>),
-    /// These events, and then the connection is cut.
+    /// These events, and at the next [`FakeNode::step`] the connection is cut.
     Tear(Vec<String>),
     /// These events, and then silence until the client goes.
     Hang(Vec<String>),
@@ -79,7 +78,8 @@ pub struct FakeNode {
     pub address: SocketAddr,
     shared: Arc<Mutex<Shared>>,
     step: Arc<Notify>,
-    server: JoinHandle<()>,
+    /// Its own, so that dropping the node cuts its connections as well.
+    runtime: Option<Runtime>,
 }
 
 type Node = (Arc<Mutex<Shared>>, Arc<Notify>);
@@ -87,13 +87,13 @@ type Node = (Arc<Mutex<Shared>>, Arc<Notify>);
 impl FakeNode {
     /// A node with 1000 bytes of memory that answers every request.
     pub async fn start(name: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         Self::on(listener, name)
     }
 
     /// The same at a given address, as when a node comes back.
     pub async fn start_at(name: &str, address: SocketAddr) -> Self {
-        Self::on(TcpListener::bind(address).await.unwrap(), name)
+        Self::on(TcpListener::bind(address).unwrap(), name)
     }
 
     fn on(listener: TcpListener, name: &str) -> Self {
@@ -119,12 +119,21 @@ impl FakeNode {
             .route("/v1/completions", post(exchange))
             .with_state((shared.clone(), step.clone()));
         let address = listener.local_addr().unwrap();
-        let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        listener.set_nonblocking(true).unwrap();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            axum::serve(listener, router).await.unwrap();
+        });
         Self {
             address,
             shared,
             step,
-            server,
+            runtime: Some(runtime),
         }
     }
 
@@ -206,7 +215,9 @@ impl FakeNode {
 
 impl Drop for FakeNode {
     fn drop(&mut self) {
-        self.server.abort();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -311,7 +322,7 @@ async fn exchange(
             (StatusCode::from_u16(status).unwrap(), axum::Json(body)).into_response()
         }
         Script::Stream(events) => stream(events, guard, End::Well, None),
-        Script::Tear(events) => stream(events, guard, End::Torn, None),
+        Script::Tear(events) => stream(events, guard, End::Torn, Some(step)),
         Script::Hang(events) => stream(events, guard, End::Never, None),
         Script::Stepped(events) => stream(events, guard, End::Well, Some(step)),
         Script::Silent => {
@@ -368,8 +379,8 @@ fn stream(events: Vec<String>, guard: Guard, end: End, step: Option<Arc<Notify>>
         (events.into_iter(), guard, end, step),
         |(mut events, guard, end, step)| async move {
             match (events.next(), &end) {
-                (Some(event), _) => {
-                    if let Some(step) = &step {
+                (Some(event), how) => {
+                    if let (Some(step), End::Well) = (&step, how) {
                         step.notified().await;
                     }
                     Some((Ok(event), (events, guard, end, step)))
@@ -378,10 +389,17 @@ fn stream(events: Vec<String>, guard: Guard, end: End, step: Option<Arc<Notify>>
                     guard.end();
                     None
                 }
-                (None, End::Torn) => Some((
-                    Err(std::io::Error::other("torn")),
-                    (events, guard, end, step),
-                )),
+                (None, End::Torn) => {
+                    step.as_ref()
+                        .expect("a tear waits for a step")
+                        .notified()
+                        .await;
+                    Some((
+                        Err(std::io::Error::other("torn")),
+                        (events, guard, end, step),
+                    ))
+                }
+
                 (None, End::Never) => std::future::pending().await,
             }
         },

@@ -1,8 +1,7 @@
 //! Who uses a model right now, so that it is not taken away from under them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
 /// Counts the requests that use a model. One per model, for the life of the process.
 #[derive(Debug, Default)]
@@ -10,7 +9,7 @@ pub(crate) struct ModelUse {
     active: AtomicUsize,
     /// It is being evicted: new requests have to wait for a new load.
     leaving: AtomicBool,
-    /// Milliseconds on [`now`]'s clock.
+    /// When the last use ended, on [`tick`]'s clock.
     last_used: AtomicU64,
 }
 
@@ -53,15 +52,15 @@ pub(crate) struct UseGuard(Arc<ModelUse>);
 
 impl Drop for UseGuard {
     fn drop(&mut self) {
-        self.0.last_used.store(now(), SeqCst);
+        self.0.last_used.store(tick(), SeqCst);
         self.0.active.fetch_sub(1, SeqCst);
     }
 }
 
-/// Milliseconds since the first call.
-fn now() -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    u64::try_from(START.get_or_init(Instant::now).elapsed().as_millis()).unwrap_or(u64::MAX)
+/// A clock that only orders: each call gives more than the one before, so no two uses end at once.
+fn tick() -> u64 {
+    static TICKS: AtomicU64 = AtomicU64::new(1);
+    TICKS.fetch_add(1, SeqCst)
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use crate::stack::Stack;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use filters::{Body, Exchange, Request, Response, rescue};
+use filters::{Body, Request, Response};
 use futures::StreamExt;
 use http::{HeaderValue, Method, Version, header};
 use pingora_core::protocols::http::ServerSession;
@@ -54,21 +54,24 @@ impl Gateway {
     async fn answer(&self, session: &mut ServerSession) -> pingora_core::Result<()> {
         let serving = self.serving.load_full();
         let head = session.req_header().as_owned_parts();
-        let body = match self.intake(session, &serving.intake).await {
-            Ok(body) => body,
-            Err(error) => {
-                session.set_keepalive(None); // the rest of the request is in the way of the next
-                let refusal = rescue::reply(&Exchange::open(&head), &error);
-                write(session, refusal).await?;
-                let _ = timeout(DRAIN, session.drain_request_body()).await;
-                return Ok(());
-            }
+        let read = self.intake(session, &serving.intake).await;
+        let refused = read.is_err();
+        let request = match read {
+            Ok(body) => Request::new(head, body),
+            Err(error) => Request::refused(head, error),
         };
         let mut stack = serving.stack.clone();
         drop(serving);
+        if refused {
+            session.set_keepalive(None); // the rest of the request is in the way of the next
+            let Ok(refusal) = stack.call(request).await;
+            write(session, refusal).await?;
+            let _ = timeout(DRAIN, session.drain_request_body()).await;
+            return Ok(());
+        }
         let response = tokio::select! {
             biased;
-            response = stack.call(Request::new(head, body)) => response,
+            response = stack.call(request) => response,
             gone = client_gone(session) => return Err(gone),
         };
         let Ok(response) = response;

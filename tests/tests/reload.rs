@@ -1,0 +1,111 @@
+//! SIGHUP changes what comes next and nothing that runs; SIGTERM lets it end.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use futures::future::join_all;
+use reqwest::StatusCode;
+use serde_json::json;
+use tests::daemon::Cortex;
+use tests::fake_node::{FakeNode, Script, words};
+use tests::until;
+
+#[tokio::test]
+async fn a_reload_under_a_hundred_streams_loses_none_and_changes_the_next_request() {
+    let old = FakeNode::start("old").await.holding("m", 100);
+    let new = FakeNode::start("new").await.holding("m", 100);
+    old.script(Script::Stepped(words(&["a", "b", "c"])));
+    let mut cortex = Cortex::start(&[("old", old.address)], "", "").await;
+    let stream = json!({"model": "m", "stream": true, "messages": []});
+    let posts = join_all((0..100).map(|_| cortex.post("/v1/chat/completions", &stream)));
+    let (streams, ()) = futures::future::join(posts, async {
+        until("all streams are open", || async {
+            (old.open() == 100).then_some(())
+        })
+        .await;
+        old.step();
+    })
+    .await;
+    let said = cortex.reload(&[("new", new.address)], "", "").await;
+    assert!(said.contains("configuration reloaded"), "{said}");
+    cortex.sees(&[("new", "up")]).await;
+    let (status, body) = cortex
+        .ask(
+            "/v1/chat/completions",
+            &json!({"model": "m", "messages": []}),
+        )
+        .await;
+    assert_eq!(
+        (status, &body["choices"][0]["message"]["content"]),
+        (StatusCode::OK, &json!("new"))
+    );
+    let texts = join_all(streams.into_iter().map(reqwest::Response::text));
+    let drive = until("the streams end", || async {
+        old.step();
+        (old.open() == 0).then_some(())
+    });
+    let (texts, ()) = futures::future::join(texts, drive).await;
+    let whole = texts
+        .iter()
+        .filter(|text| text.as_ref().is_ok_and(|text| text.contains("[DONE]")))
+        .count();
+    assert_eq!(whole, 100, "every stream ends as it began");
+    assert_eq!(
+        cortex
+            .metric("cortex_config_reloads_total{outcome=\"applied\"}")
+            .await,
+        Some(1.0)
+    );
+}
+
+#[tokio::test]
+async fn a_bad_file_changes_nothing_and_says_so() {
+    let node = FakeNode::start("a").await.holding("m", 100);
+    let mut cortex = Cortex::start(&[("a", node.address)], "", "").await;
+    let said = cortex.reload(&[], "", "routing = \"wishful\"").await;
+    assert!(
+        said.contains("gateway.routing") && said.contains("not reloaded"),
+        "{said}"
+    );
+    let (status, _) = cortex
+        .ask(
+            "/v1/chat/completions",
+            &json!({"model": "m", "messages": []}),
+        )
+        .await;
+    assert_eq!(status, StatusCode::OK, "the old configuration goes on");
+    assert_eq!(
+        cortex
+            .metric("cortex_config_reloads_total{outcome=\"refused\"}")
+            .await,
+        Some(1.0)
+    );
+}
+
+#[tokio::test]
+async fn sigterm_refuses_what_is_new_and_lets_what_runs_end() {
+    let node = FakeNode::start("a").await.holding("m", 100);
+    node.script(Script::Stepped(words(&["a", "b"])));
+    let mut cortex = Cortex::start(&[("a", node.address)], "", "").await;
+    let stream = json!({"model": "m", "stream": true, "messages": []});
+    let (reply, ()) = futures::future::join(cortex.post("/v1/chat/completions", &stream), async {
+        node.asked(1).await;
+        until("the stream is open", || async {
+            node.step();
+            (node.open() == 1).then_some(())
+        })
+        .await;
+    })
+    .await;
+    cortex.daemon.signal("TERM");
+    cortex.daemon.line("draining").await;
+    let refused = cortex.post("/v1/chat/completions", &stream).await;
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(refused.headers().contains_key("retry-after"));
+    let drive = until("the stream ends", || async {
+        node.step();
+        (node.open() == 0).then_some(())
+    });
+    let (text, ()) = futures::future::join(reply.text(), drive).await;
+    assert!(text.unwrap().contains("[DONE]"), "what ran has ended well");
+    assert_eq!(cortex.daemon.ended().await, Some(0));
+}
