@@ -1,1 +1,356 @@
-//! (see house.md)
+//! `neuron verify`: does a checkpoint give the numbers it should, on this machine, in pieces of any size?
+//!
+//! The golden file is one as `reference/make_fixtures.py` of this project's design notes makes: for prompts `lenN` the
+//! token ids, logits, a greedy continuation, and for some of them hidden states and the state after the prompt.
+
+use crate::memory::{LayerState, SequenceState};
+use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
+use candle_core::{DType, Device, Tensor, safetensors};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::path::PathBuf;
+
+/// What to verify.
+#[derive(Debug, Clone, clap::Args)]
+pub struct VerifyArgs {
+    /// The model folder; it needs no tokenizer.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// The golden tensors to meet.
+    #[arg(long, value_name = "FILE")]
+    pub reference: PathBuf,
+    /// Feed prompts in pieces of this many tokens; whole without it.
+    #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub chunk: Option<usize>,
+    /// Largest difference that passes.
+    #[arg(long, value_name = "X", default_value_t = 3e-4)]
+    pub tolerance: f32,
+}
+
+/// Verifying could not even begin, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// The model could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A step failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The golden file cannot be read.
+    #[error("{}: {source}", file.display())]
+    Reference {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: candle_core::Error,
+    },
+    /// The golden file has no prompts.
+    #[error("{} holds no prompts: a tensor `lenN/input_ids` is needed", .0.display())]
+    NoCases(PathBuf),
+    /// A golden tensor is not of the shape it should have.
+    #[error("comparing with the golden tensors failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// What was found.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// One entry a prompt, shortest first.
+    pub cases: Vec<Case>,
+    /// Largest difference that passes.
+    pub tolerance: f32,
+}
+
+/// What was found with one prompt. A part that the golden file does not have is `None`.
+#[derive(Debug, Clone, Default)]
+pub struct Case {
+    /// Tokens of the prompt.
+    pub tokens: usize,
+    /// Largest difference of any logit.
+    pub logits: f32,
+    /// Largest difference of hidden states, and the first layer where it is too large.
+    pub hidden: Option<(f32, Option<usize>)>,
+    /// Largest difference of the state after the prompt, and the first layer where it is too large.
+    pub state: Option<(f32, Option<usize>)>,
+    /// The greedy continuation: `Ok(n)` tokens are equal, or `Err(i)` is the first that is not.
+    pub greedy: Option<Result<usize, usize>>,
+}
+
+impl Case {
+    /// Whether everything compared is within `tolerance`.
+    #[must_use]
+    pub fn passed(&self, tolerance: f32) -> bool {
+        let within =
+            |part: Option<(f32, Option<usize>)>| part.is_none_or(|(diff, _)| diff <= tolerance);
+        self.logits <= tolerance
+            && within(self.hidden)
+            && within(self.state)
+            && self.greedy.is_none_or(|greedy| greedy.is_ok())
+    }
+}
+
+impl Report {
+    /// Whether every case passed.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.cases.iter().all(|case| case.passed(self.tolerance))
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:>6}  {:>9}  {:>9}  {:>9}  {:<18}  result",
+            "prompt", "logits", "hidden", "state", "greedy"
+        )?;
+        for case in &self.cases {
+            let part = |part: Option<(f32, Option<usize>)>| {
+                part.map_or("-".into(), |(diff, _)| format!("{diff:.1e}"))
+            };
+            let greedy = match case.greedy {
+                None => "-".into(),
+                Some(Ok(count)) => format!("{count} equal"),
+                Some(Err(at)) => format!("parts at token {at}"),
+            };
+            let result = if case.passed(self.tolerance) {
+                "passed"
+            } else {
+                "FAILED"
+            };
+            let (hidden, state) = (part(case.hidden), part(case.state));
+            write!(
+                f,
+                "{:>6}  {:>9.1e}  {hidden:>9}  {state:>9}  {greedy:<18}  {result}",
+                case.tokens, case.logits
+            )?;
+            for (what, found) in [("hidden states", case.hidden), ("state", case.state)] {
+                if let Some((_, Some(layer))) = found {
+                    write!(f, "; {what} part first at layer {layer}")?;
+                }
+            }
+            writeln!(f)?;
+        }
+        let passed = self
+            .cases
+            .iter()
+            .filter(|case| case.passed(self.tolerance))
+            .count();
+        write!(
+            f,
+            "{passed} of {} passed at {:.1e}",
+            self.cases.len(),
+            self.tolerance
+        )
+    }
+}
+
+/// Compares a model with its golden tensors.
+///
+/// # Errors
+/// When the model or the golden file cannot be read; a difference is no error, but in the report.
+pub fn run(args: &VerifyArgs) -> Result<Report, VerifyError> {
+    let options = LoadOptions {
+        device: Device::Cpu,
+        context_length: None,
+    };
+    let model = model::load(&args.model, &options, &|_| {})?;
+    let golden = safetensors::load(&args.reference, &Device::Cpu).map_err(|source| {
+        VerifyError::Reference {
+            file: args.reference.clone(),
+            source,
+        }
+    })?;
+    let lengths: BTreeSet<usize> = golden
+        .keys()
+        .filter_map(|key| {
+            key.strip_prefix("len")?
+                .strip_suffix("/input_ids")?
+                .parse()
+                .ok()
+        })
+        .collect();
+    if lengths.is_empty() {
+        return Err(VerifyError::NoCases(args.reference.clone()));
+    }
+    let cases = lengths
+        .into_iter()
+        .map(|tokens| verify_case(&*model, &golden, tokens, args))
+        .collect::<Result<_, _>>()?;
+    Ok(Report {
+        cases,
+        tolerance: args.tolerance,
+    })
+}
+
+/// The golden tensors of one prompt.
+struct Golden<'a> {
+    all: &'a HashMap<String, Tensor>,
+    prefix: String,
+}
+
+impl Golden<'_> {
+    fn get(&self, key: &str) -> Option<&Tensor> {
+        self.all.get(&format!("{}/{key}", self.prefix))
+    }
+
+    fn ids(&self, key: &str) -> Result<Option<Vec<u32>>, candle_core::Error> {
+        self.get(key)
+            .map(|ids| ids.to_dtype(DType::U32)?.to_vec1())
+            .transpose()
+    }
+}
+
+fn verify_case(
+    model: &dyn CausalLm,
+    golden: &HashMap<String, Tensor>,
+    tokens: usize,
+    args: &VerifyArgs,
+) -> Result<Case, VerifyError> {
+    let golden = Golden {
+        all: golden,
+        prefix: format!("len{tokens}"),
+    };
+    let prompt = golden.ids("input_ids")?.unwrap_or_default();
+    let mut state = model.new_state()?;
+    let mut logits = Vec::new();
+    let mut hidden: HashMap<usize, Vec<Tensor>> = HashMap::new();
+    for piece in prompt.chunks(args.chunk.unwrap_or(usize::MAX)) {
+        let batch = Batch::single(piece, LogitRows::All);
+        let keep = &mut |index, rows: &Tensor| hidden.entry(index).or_default().push(rows.clone());
+        logits.push(model.forward_probed(&batch, &mut [&mut state], keep)?);
+    }
+    let logits = Tensor::cat(&logits, 0)?; // (tokens, vocab)
+    let mut case = Case {
+        tokens,
+        ..Case::default()
+    };
+    if let Some(expected) = golden.get("logits") {
+        case.logits = case.logits.max(max_diff(&logits, expected)?);
+    }
+    if let Some(expected) = golden.get("last_logits") {
+        case.logits = case
+            .logits
+            .max(max_diff(&logits.get(prompt.len() - 1)?, expected)?);
+    }
+    case.hidden = compare_hidden(&golden, &hidden, args.tolerance)?;
+    case.state = compare_state(&golden, &state, args.tolerance)?;
+    if let Some(expected) = golden.ids("greedy_ids")? {
+        let (ids, chosen_from) = continue_greedily(
+            model,
+            &mut state,
+            &logits.get(prompt.len() - 1)?,
+            expected.len(),
+        )?;
+        let parts = ids
+            .iter()
+            .zip(&expected)
+            .position(|(found, expected)| found != expected);
+        case.greedy = Some(parts.map_or(Ok(expected.len()), Err));
+        if let (Some(expected), None) = (golden.get("greedy_logits"), parts) {
+            case.logits = case.logits.max(max_diff(&chosen_from, expected)?);
+        }
+    }
+    Ok(case)
+}
+
+fn compare_hidden(
+    golden: &Golden<'_>,
+    hidden: &HashMap<usize, Vec<Tensor>>,
+    tolerance: f32,
+) -> Result<Option<(f32, Option<usize>)>, candle_core::Error> {
+    let last = hidden.keys().copied().max().unwrap_or(0);
+    let named = (0..last)
+        .map(|index| (index, format!("hidden/{index}")))
+        .chain([(last, "final_norm".into())]);
+    let pairs =
+        named.filter_map(|(index, key)| Some((index, golden.get(&key)?, hidden.get(&index)?)));
+    worst(
+        pairs.map(|(index, expected, pieces)| {
+            Ok((index, max_diff(&Tensor::cat(pieces, 0)?, expected)?))
+        }),
+        tolerance,
+    )
+}
+
+fn compare_state(
+    golden: &Golden<'_>,
+    state: &SequenceState,
+    tolerance: f32,
+) -> Result<Option<(f32, Option<usize>)>, candle_core::Error> {
+    let mut differences = Vec::new();
+    for (layer, own) in state.layers.iter().enumerate() {
+        let parts: Vec<(&str, Vec<f32>)> = match own {
+            LayerState::Attention(cache) => {
+                vec![("k", cache.keys.concat()), ("v", cache.values.concat())]
+            }
+            LayerState::Delta(state) => vec![
+                ("conv", state.conv.clone()),
+                ("recurrent", state.recurrent.clone()),
+            ],
+        };
+        for (part, own) in parts {
+            let Some(expected) = golden.get(&format!("state/{layer}/{part}")) else {
+                continue;
+            };
+            // the golden tail is (channels, taps), ours (taps, channels)
+            let expected = if part == "conv" {
+                expected.t()?.contiguous()?
+            } else {
+                expected.clone()
+            };
+            let own = Tensor::from_vec(own, expected.shape(), &Device::Cpu)?;
+            differences.push(Ok((layer, max_diff(&own, &expected)?)));
+        }
+    }
+    worst(differences.into_iter(), tolerance)
+}
+
+/// The largest difference, and the first place where it is too large; `None` when nothing was compared.
+fn worst(
+    differences: impl Iterator<Item = Result<(usize, f32), candle_core::Error>>,
+    tolerance: f32,
+) -> Result<Option<(f32, Option<usize>)>, candle_core::Error> {
+    let mut worst: Option<(f32, Option<usize>)> = None;
+    for difference in differences {
+        let (place, difference) = difference?;
+        let (largest, first) = worst.get_or_insert((0.0, None));
+        *largest = largest.max(difference);
+        if difference > tolerance {
+            first.get_or_insert(place);
+        }
+    }
+    Ok(worst)
+}
+
+/// `count` likeliest tokens one after the other, and the logits each was chosen from.
+fn continue_greedily(
+    model: &dyn CausalLm,
+    state: &mut SequenceState,
+    logits: &Tensor,
+    count: usize,
+) -> Result<(Vec<u32>, Tensor), VerifyError> {
+    let mut rows = vec![logits.unsqueeze(0)?];
+    let mut ids = vec![likeliest(logits)?];
+    while ids.len() < count {
+        let batch = Batch::single(&ids[ids.len() - 1..], LogitRows::Last);
+        let logits = model.forward(&batch, &mut [state])?;
+        ids.push(likeliest(&logits.get(0)?)?);
+        rows.push(logits);
+    }
+    Ok((ids, Tensor::cat(&rows, 0)?))
+}
+
+fn likeliest(logits: &Tensor) -> Result<u32, candle_core::Error> {
+    logits.argmax(0)?.to_scalar()
+}
+
+/// NaN counts as infinitely far.
+fn max_diff(found: &Tensor, expected: &Tensor) -> Result<f32, candle_core::Error> {
+    let difference = (found - expected.to_dtype(DType::F32)?)?
+        .abs()?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    let number = |x: f32| if x.is_nan() { f32::INFINITY } else { x };
+    Ok(difference.into_iter().map(number).fold(0.0, f32::max))
+}

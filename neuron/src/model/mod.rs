@@ -3,12 +3,20 @@
 //! Nothing here knows ranks, file formats or quantisation: those are words at the lines that load a weight.
 
 pub mod batch;
+pub mod layers;
+pub mod qwen3_5;
 
 pub use batch::{Batch, LogitRows, Segment};
 
 use crate::memory::SequenceState;
+use crate::parallel::{Communicator, Solo};
+use crate::weights::{Fault, Weights};
 use candle_core::{Device, Tensor};
-use std::path::Path;
+use qwen3_5::Qwen3_5ForCausalLm;
+use qwen3_5::config::Config;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A decoder that predicts the next token.
 ///
@@ -44,6 +52,21 @@ pub trait CausalLm: Send {
         batch: &Batch,
         states: &mut [&mut SequenceState],
     ) -> Result<Tensor, ModelError>;
+
+    /// As [`CausalLm::forward`], showing `probe` what passes by: under 0 the embeddings, under `i` the rows after layer
+    /// `i - 1`, and last the input of the head.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn forward_probed(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        probe: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<Tensor, ModelError> {
+        let _ = probe; // a model without layers has nothing to show
+        self.forward(batch, states)
+    }
 }
 
 /// How to load a model.
@@ -64,8 +87,46 @@ pub fn load(
     options: &LoadOptions,
     progress: &dyn Fn(f32),
 ) -> Result<Box<dyn CausalLm>, LoadError> {
-    let _ = (folder, options, progress);
-    unreachable!("replaced by the first real architecture")
+    load_rank(folder, options, Arc::new(Solo), progress)
+}
+
+/// Loads one rank's part of the model in `folder`.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_rank(
+    folder: &Path,
+    options: &LoadOptions,
+    communicator: Arc<dyn Communicator>,
+    progress: &dyn Fn(f32),
+) -> Result<Box<dyn CausalLm>, LoadError> {
+    let model_type = model_type(folder)?;
+    if !qwen3_5::config::MODEL_TYPES.contains(&model_type.as_str()) {
+        return Err(LoadError::UnknownArchitecture {
+            folder: folder.to_path_buf(),
+            model_type,
+        });
+    }
+    let config = Config::read(folder, options.context_length)?;
+    let weights = Weights::open(folder, &options.device, communicator, progress)?;
+    Ok(Box::new(Qwen3_5ForCausalLm::load(
+        config,
+        &weights,
+        &options.device,
+    )?))
+}
+
+/// What `config.json` calls the architecture.
+fn model_type(folder: &Path) -> Result<String, LoadError> {
+    #[derive(Deserialize)]
+    struct Named {
+        model_type: String,
+    }
+    let file = folder.join("config.json");
+    let text = std::fs::read_to_string(&file).map_err(|source| LoadError::io(&file, source))?;
+    let named: Named =
+        serde_json::from_str(&text).map_err(|source| LoadError::Json { file, source })?;
+    Ok(named.model_type)
 }
 
 /// A step could not be run.
@@ -78,4 +139,67 @@ pub enum ModelError {
 
 /// A model folder could not be loaded.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {}
+pub enum LoadError {
+    /// A file is not there or cannot be read.
+    #[error("{} cannot be read: {source}", file.display())]
+    Io {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A JSON file is not what it should be.
+    #[error("{}: {source}", file.display())]
+    Json {
+        /// The file.
+        file: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A weights file is cut short or something else.
+    #[error("{} is cut short or holds no weights: {source}", file.display())]
+    Weights {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: crate::weights::FormatError,
+    },
+    /// The architecture is not one of ours.
+    #[error("{}: model_type \"{model_type}\" is not supported; supported are {}", folder.display(), qwen3_5::config::MODEL_TYPES.join(", "))]
+    UnknownArchitecture {
+        /// The folder.
+        folder: PathBuf,
+        /// What its configuration says.
+        model_type: String,
+    },
+    /// The configuration asks for something that is not built.
+    #[error("{}: {key} {what}", file.display())]
+    Config {
+        /// The file.
+        file: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Tensors are missing or not as the configuration says.
+    #[error("{}: {}", folder.display(), faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Tensors {
+        /// The folder.
+        folder: PathBuf,
+        /// All of them.
+        faults: Vec<Fault>,
+    },
+    /// The device has no room, or refused an operation.
+    #[error("device fault while loading: {0}")]
+    Device(#[from] candle_core::Error),
+}
+
+impl LoadError {
+    pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
+        Self::Io {
+            file: file.to_path_buf(),
+            source,
+        }
+    }
+}

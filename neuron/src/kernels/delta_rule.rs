@@ -1,0 +1,224 @@
+//! The gated delta rule as a scan over tokens, in place on its state (Yang et al., "Gated Delta Networks", 2024).
+
+use super::{add_scaled, dot};
+use rayon::prelude::*;
+
+/// Added to the squared length of queries and keys before they are normalised; fixed by the architecture.
+const L2_EPS: f32 = 1e-6;
+/// Multiplications below which a second thread costs more than it brings.
+const PER_THREAD: usize = 1 << 15;
+
+/// Sizes of one call.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    /// Key heads; each serves `value / key` value heads, interleaved.
+    pub key: usize,
+    /// Value heads.
+    pub value: usize,
+    /// Width of a key and a query.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+}
+
+impl Heads {
+    /// Numbers in a row of `[q | k | v]`.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        2 * self.key * self.key_dim + self.value * self.value_dim
+    }
+}
+
+/// Runs the rows of one sequence and returns `o`: `(rows, value heads, value dim)`.
+///
+/// `qkv` is `(rows, channels)` after the convolution; `decay` is `g ≤ 0` and `beta` the write strength, both
+/// `(rows, value heads)`; `state` is `S`, `(value heads, key dim, value dim)`.
+#[must_use]
+pub fn delta_rule(
+    qkv: &[f32],
+    decay: &[f32],
+    beta: &[f32],
+    state: &mut [f32],
+    heads: Heads,
+) -> Vec<f32> {
+    let Heads {
+        key,
+        value,
+        key_dim,
+        value_dim,
+    } = heads;
+    let rows = qkv.len() / heads.channels();
+    let mut by_head = vec![0.0; value * rows * value_dim];
+    let work = rows * key_dim * value_dim;
+    let head = |h: usize, state: &mut [f32], out: &mut [f32]| {
+        let key_head = h / (value / key);
+        let mut query = vec![0.0; key_dim];
+        let mut hit = vec![0.0; key_dim];
+        let mut delta = vec![0.0; value_dim];
+        for (t, (row, out)) in qkv
+            .chunks_exact(heads.channels())
+            .zip(out.chunks_exact_mut(value_dim))
+            .enumerate()
+        {
+            let (queries, rest) = row.split_at(key * key_dim);
+            let (keys, values) = rest.split_at(key * key_dim);
+            normalise(
+                &queries[key_head * key_dim..][..key_dim],
+                (key_dim as f32).sqrt().recip(),
+                &mut query,
+            );
+            normalise(&keys[key_head * key_dim..][..key_dim], 1.0, &mut hit);
+            let written = &values[h * value_dim..][..value_dim];
+            let (g, beta) = (decay[t * value + h].exp(), beta[t * value + h]);
+            // S ← e^g S;  δ = β (v − Sᵀk);  S ← S + k δᵀ;  o = Sᵀq      (torch_recurrent_gated_delta_rule)
+            delta.fill(0.0);
+            for (k, row) in hit.iter().zip(state.chunks_exact_mut(value_dim)) {
+                for (s, d) in row.iter_mut().zip(delta.iter_mut()) {
+                    *s *= g;
+                    *d += k * *s;
+                }
+            }
+            for (d, v) in delta.iter_mut().zip(written) {
+                *d = beta * (v - *d);
+            }
+            for ((k, q), row) in hit
+                .iter()
+                .zip(&query)
+                .zip(state.chunks_exact_mut(value_dim))
+            {
+                add_scaled(row, *k, &delta);
+                add_scaled(out, *q, row);
+            }
+        }
+    };
+    state
+        .par_chunks_exact_mut(key_dim * value_dim)
+        .zip(by_head.par_chunks_exact_mut(rows * value_dim))
+        .with_min_len((PER_THREAD / work.max(1)).max(1))
+        .enumerate()
+        .for_each(|(h, (state, out))| head(h, state, out));
+    by_token(&by_head, rows, value, value_dim)
+}
+
+/// `out = x / sqrt(Σx² + eps) · scale`.
+fn normalise(x: &[f32], scale: f32, out: &mut [f32]) {
+    let scale = scale / (dot(x, x) + L2_EPS).sqrt();
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x * scale;
+    }
+}
+
+/// `(heads, rows, width)` → `(rows, heads, width)`.
+fn by_token(by_head: &[f32], rows: usize, heads: usize, width: usize) -> Vec<f32> {
+    let mut by_token = vec![0.0; by_head.len()];
+    for (h, head) in by_head.chunks_exact((rows * width).max(1)).enumerate() {
+        for (t, row) in head.chunks_exact(width).enumerate() {
+            by_token[(t * heads + h) * width..][..width].copy_from_slice(row);
+        }
+    }
+    by_token
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{max_diff, numbers};
+    use super::*;
+
+    /// The same in f64, a head and a token at a time, as the formulas stand.
+    fn reference(qkv: &[f32], decay: &[f32], beta: &[f32], heads: Heads) -> (Vec<f64>, Vec<f64>) {
+        let Heads {
+            key,
+            value,
+            key_dim,
+            value_dim,
+        } = heads;
+        let rows = qkv.len() / heads.channels();
+        let mut out = vec![0.0; rows * value * value_dim];
+        let mut state = vec![0.0; value * key_dim * value_dim];
+        for t in 0..rows {
+            let row: Vec<f64> = qkv[t * heads.channels()..][..heads.channels()]
+                .iter()
+                .map(|x| f64::from(*x))
+                .collect();
+            for h in 0..value {
+                let unit = |start: usize| -> Vec<f64> {
+                    let x = &row[start..start + key_dim];
+                    let length = (x.iter().map(|x| x * x).sum::<f64>() + 1e-6).sqrt();
+                    x.iter().map(|x| x / length).collect()
+                };
+                let kh = h / (value / key);
+                let q: Vec<f64> = unit(kh * key_dim)
+                    .iter()
+                    .map(|x| x / (key_dim as f64).sqrt())
+                    .collect();
+                let k = unit((key + kh) * key_dim);
+                let v = &row[2 * key * key_dim + h * value_dim..][..value_dim];
+                let s = &mut state[h * key_dim * value_dim..][..key_dim * value_dim];
+                let g = f64::from(decay[t * value + h]).exp();
+                s.iter_mut().for_each(|s| *s *= g);
+                for j in 0..value_dim {
+                    let read: f64 = (0..key_dim).map(|i| s[i * value_dim + j] * k[i]).sum();
+                    let delta = f64::from(beta[t * value + h]) * (v[j] - read);
+                    for i in 0..key_dim {
+                        s[i * value_dim + j] += k[i] * delta;
+                    }
+                    out[(t * value + h) * value_dim + j] =
+                        (0..key_dim).map(|i| s[i * value_dim + j] * q[i]).sum();
+                }
+            }
+        }
+        (out, state)
+    }
+
+    #[test]
+    fn every_split_of_the_rows_meets_the_reference() {
+        let rows = 11;
+        for heads in [
+            Heads {
+                key: 2,
+                value: 6,
+                key_dim: 5,
+                value_dim: 7,
+            },
+            Heads {
+                key: 1,
+                value: 1,
+                key_dim: 16,
+                value_dim: 24,
+            },
+        ] {
+            let qkv = numbers(1, rows * heads.channels());
+            let decay: Vec<f32> = numbers(2, rows * heads.value)
+                .iter()
+                .map(|x| -x.abs())
+                .collect();
+            let beta: Vec<f32> = numbers(3, rows * heads.value)
+                .iter()
+                .map(|x| x.abs())
+                .collect();
+            let (expected, expected_state) = reference(&qkv, &decay, &beta, heads);
+            for piece in 1..=rows {
+                let mut state = vec![0.0; heads.value * heads.key_dim * heads.value_dim];
+                let mut out = Vec::new();
+                for start in (0..rows).step_by(piece) {
+                    let end = (start + piece).min(rows);
+                    out.extend(delta_rule(
+                        &qkv[start * heads.channels()..end * heads.channels()],
+                        &decay[start * heads.value..end * heads.value],
+                        &beta[start * heads.value..end * heads.value],
+                        &mut state,
+                        heads,
+                    ));
+                }
+                assert!(
+                    max_diff(&out, &expected) < 1e-5,
+                    "{heads:?}, pieces of {piece}"
+                );
+                assert!(
+                    max_diff(&state, &expected_state) < 1e-5,
+                    "{heads:?}, pieces of {piece}"
+                );
+            }
+        }
+    }
+}

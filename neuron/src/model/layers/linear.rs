@@ -1,0 +1,97 @@
+//! Projections.
+
+use crate::kernels::linear::linear;
+use crate::model::LoadError;
+use crate::parallel::Communicator;
+use crate::weights::Weights;
+use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+/// A projection whose output is shared among ranks, or whole on each.
+#[derive(Debug)]
+pub struct ColumnParallelLinear {
+    weight: Tensor,
+}
+
+impl ColumnParallelLinear {
+    /// Loads `name.weight`, `[parts · width, input]`, sharing whole parts.
+    ///
+    /// # Errors
+    /// As [`Weights::replicated`].
+    pub fn load(
+        weights: &Weights<'_>,
+        name: &str,
+        parts: usize,
+        width: usize,
+        input: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        Self::load_blocks(weights, name, &[(parts, width)], input)
+    }
+
+    /// Loads `name.weight` made of several blocks of `(parts, width)`, each shared on its own.
+    ///
+    /// # Errors
+    /// As [`Weights::replicated`].
+    pub fn load_blocks(
+        weights: &Weights<'_>,
+        name: &str,
+        blocks: &[(usize, usize)],
+        input: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        let weight = weights.pp(name).split_columns("weight", blocks, &[input])?;
+        Ok(Self { weight })
+    }
+
+    /// `x · Wᵀ`: (t, input) → (t, own output).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight)
+    }
+
+    /// Width of the own output.
+    ///
+    /// # Errors
+    /// Never for a loaded layer: its weight is a matrix.
+    pub fn width(&self) -> Result<usize> {
+        Ok(self.weight.dims2()?.0)
+    }
+}
+
+/// A projection whose input is shared among ranks; its partial results are summed over them.
+#[derive(Debug)]
+pub struct RowParallelLinear {
+    weight: Tensor,
+    communicator: Arc<dyn Communicator>,
+}
+
+impl RowParallelLinear {
+    /// Loads `name.weight`, `[output, parts · width]`, sharing whole parts.
+    ///
+    /// # Errors
+    /// As [`Weights::replicated`].
+    pub fn load(
+        weights: &Weights<'_>,
+        name: &str,
+        output: usize,
+        parts: usize,
+        width: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        let weight = weights
+            .pp(name)
+            .row_parallel("weight", output, parts, width)?;
+        Ok(Self {
+            weight,
+            communicator: weights.communicator(),
+        })
+    }
+
+    /// `x · Wᵀ`, summed over ranks: (t, own input) → (t, output).
+    ///
+    /// # Errors
+    /// When an operation on the device or between ranks fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.communicator.all_reduce(&linear(x, &self.weight)?)
+    }
+}

@@ -1,0 +1,118 @@
+//! Full attention with an output gate.
+
+use super::config::Config;
+use crate::kernels::attention::attention;
+use crate::kernels::{sigmoid, with_f32};
+use crate::memory::{KvCache, LayerState, SequenceState};
+use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
+use crate::model::layers::norm::RmsNorm;
+use crate::model::layers::rope::RotaryEmbedding;
+use crate::model::{Batch, LoadError};
+use crate::weights::Weights;
+use candle_core::{Result, Tensor};
+
+/// Gated softmax attention (Qwen3_5Attention).
+#[derive(Debug)]
+pub(super) struct Attention {
+    q_proj: ColumnParallelLinear,
+    k_proj: ColumnParallelLinear,
+    v_proj: ColumnParallelLinear,
+    o_proj: RowParallelLinear,
+    q_norm: RmsNorm,
+    k_norm: RmsNorm,
+    rope: RotaryEmbedding,
+    /// Query and kv heads held here.
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    pub(super) fn load(
+        config: &Config,
+        weights: &Weights<'_>,
+    ) -> std::result::Result<Self, LoadError> {
+        let (hidden, dim) = (config.hidden_size, config.head_dim);
+        let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let norm = |name| RmsNorm::load(weights, name, dim, config.rms_norm_eps);
+        let q_proj = ColumnParallelLinear::load(weights, "q_proj", heads, 2 * dim, hidden)?; // query and gate of a head stay together
+        let k_proj = ColumnParallelLinear::load(weights, "k_proj", kv_heads, dim, hidden)?;
+        let v_proj = ColumnParallelLinear::load(weights, "v_proj", kv_heads, dim, hidden)?;
+        Ok(Self {
+            heads: q_proj.width()? / (2 * dim),
+            kv_heads: k_proj.width()? / dim,
+            head_dim: dim,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj: RowParallelLinear::load(weights, "o_proj", hidden, heads, dim)?,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            rope: RotaryEmbedding::new(config.rotated_dims, config.rope_theta),
+        })
+    }
+
+    /// (t, hidden) → (t, hidden); appends the keys and values of every row to its sequence.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> Result<Tensor> {
+        let dim = self.head_dim;
+        let (mut queries, gates) =
+            with_f32(&self.q_proj.forward(x)?, |both| self.split_gate(both))?; // 2 × (t, heads, d)
+        let mut keys = with_f32(&self.k_proj.forward(x)?, <[f32]>::to_vec)?; // (t, kv_heads, d)
+        let values = with_f32(&self.v_proj.forward(x)?, <[f32]>::to_vec)?; // (t, kv_heads, d)
+        self.q_norm.in_place(&mut queries);
+        self.k_norm.in_place(&mut keys);
+        let (q_row, kv_row) = (self.heads * dim, self.kv_heads * dim);
+        let mut attended = Vec::with_capacity(queries.len());
+        for segment in &batch.segments {
+            let state = &mut *states[segment.state];
+            let start = state.len;
+            let LayerState::Attention(cache) = &mut state.layers[layer] else {
+                candle_core::bail!("layer {layer} keeps keys and values, its state does not");
+            };
+            for (offset, row) in segment.rows.clone().enumerate() {
+                self.rope
+                    .rotate(&mut queries[row * q_row..][..q_row], dim, start + offset);
+                self.rope
+                    .rotate(&mut keys[row * kv_row..][..kv_row], dim, start + offset);
+                for head in 0..self.kv_heads {
+                    let at = row * kv_row + head * dim;
+                    cache.keys[head].extend_from_slice(&keys[at..at + dim]);
+                    cache.values[head].extend_from_slice(&values[at..at + dim]);
+                }
+            }
+            let own = segment.rows.start * q_row..segment.rows.end * q_row;
+            attended.extend(attention(&queries[own], cache, self.heads, dim)); // (rows, heads, d)
+        }
+        for (x, gate) in attended.iter_mut().zip(&gates) {
+            *x *= sigmoid(*gate);
+        }
+        let rows = batch.ids.len();
+        self.o_proj
+            .forward(&Tensor::from_vec(attended, (rows, q_row), x.device())?)
+    }
+
+    /// `q_proj` gives for each head first the query and then its gate.
+    fn split_gate(&self, both: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let mut queries = Vec::with_capacity(both.len() / 2);
+        let mut gates = Vec::with_capacity(both.len() / 2);
+        for head in both.chunks_exact(2 * self.head_dim) {
+            queries.extend_from_slice(&head[..self.head_dim]);
+            gates.extend_from_slice(&head[self.head_dim..]);
+        }
+        (queries, gates)
+    }
+
+    pub(super) fn new_state(&self) -> LayerState {
+        LayerState::Attention(KvCache::new(self.kv_heads))
+    }
+
+    pub(super) fn state_floats(&self, tokens: usize) -> usize {
+        2 * tokens * self.kv_heads * self.head_dim
+    }
+}

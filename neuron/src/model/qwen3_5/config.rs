@@ -1,0 +1,259 @@
+//! `config.json`, flat or nested, old keys or new → one checked [`Config`].
+
+use crate::model::LoadError;
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// Architectures read here.
+pub(crate) const MODEL_TYPES: [&str; 2] = ["qwen3_5", "qwen3_5_text"];
+
+/// Which mixer a layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LayerKind {
+    /// A gated delta net.
+    LinearAttention,
+    /// Gated softmax attention.
+    FullAttention,
+}
+
+/// The sizes of a model, checked.
+#[derive(Debug, Clone)]
+pub(crate) struct Config {
+    pub(crate) vocab_size: usize,
+    pub(crate) hidden_size: usize,
+    pub(crate) intermediate_size: usize,
+    pub(crate) layers: Vec<LayerKind>,
+    pub(crate) num_attention_heads: usize,
+    pub(crate) num_key_value_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) rotated_dims: usize,
+    pub(crate) rope_theta: f64,
+    pub(crate) linear_num_key_heads: usize,
+    pub(crate) linear_num_value_heads: usize,
+    pub(crate) linear_key_head_dim: usize,
+    pub(crate) linear_value_head_dim: usize,
+    pub(crate) linear_conv_kernel_dim: usize,
+    pub(crate) rms_norm_eps: f32,
+    pub(crate) tie_word_embeddings: bool,
+    pub(crate) context_length: usize,
+}
+
+/// The file: text keys at the top, or under `text_config`.
+#[derive(Deserialize)]
+struct File {
+    text_config: Option<Text>,
+    tie_word_embeddings: Option<bool>,
+    #[serde(flatten)]
+    flat: serde_json::Value,
+}
+
+/// The text model's keys; defaults are those of the reference class where it has safe ones.
+#[derive(Deserialize)]
+struct Text {
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    #[serde(default = "default_head_dim")]
+    head_dim: usize,
+    linear_num_key_heads: usize,
+    linear_num_value_heads: usize,
+    linear_key_head_dim: usize,
+    linear_value_head_dim: usize,
+    #[serde(default = "default_taps")]
+    linear_conv_kernel_dim: usize,
+    layer_types: Option<Vec<LayerKind>>,
+    #[serde(default = "default_interval")]
+    full_attention_interval: usize,
+    #[serde(default = "default_eps")]
+    rms_norm_eps: f64,
+    hidden_act: Option<String>,
+    #[serde(default)]
+    attention_bias: bool,
+    tie_word_embeddings: Option<bool>,
+    max_position_embeddings: usize,
+    rope_parameters: Option<Rope>,
+    rope_scaling: Option<serde_json::Value>,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+}
+
+#[derive(Deserialize, Default)]
+struct Rope {
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+}
+
+fn default_head_dim() -> usize {
+    256
+}
+fn default_taps() -> usize {
+    4
+}
+fn default_interval() -> usize {
+    4
+}
+fn default_eps() -> f64 {
+    1e-6
+}
+
+impl Config {
+    /// Reads `config.json` in `folder`; the sequence length is bounded by `context_length` as well.
+    ///
+    /// # Errors
+    /// When a key is missing or asks for something that is not built.
+    pub(crate) fn read(folder: &Path, context_length: Option<usize>) -> Result<Self, LoadError> {
+        let file = folder.join("config.json");
+        let text = std::fs::read_to_string(&file).map_err(|source| LoadError::io(&file, source))?;
+        let json = |source| LoadError::Json {
+            file: file.clone(),
+            source,
+        };
+        let parsed: File = serde_json::from_str(&text).map_err(json)?;
+        let outer_tie = parsed.tie_word_embeddings;
+        let keys = match parsed.text_config {
+            Some(keys) => keys,
+            None => serde_json::from_value(parsed.flat).map_err(json)?,
+        };
+        check(keys, outer_tie, context_length, file)
+    }
+}
+
+fn check(
+    text: Text,
+    outer_tie: Option<bool>,
+    context_length: Option<usize>,
+    file: PathBuf,
+) -> Result<Config, LoadError> {
+    let refuse = |key: &'static str, what: String| {
+        Err(LoadError::Config {
+            file: file.clone(),
+            key,
+            what,
+        })
+    };
+    let rope = text.rope_parameters.unwrap_or_default();
+    if let Some(kind) = rope.rope_type.filter(|kind| kind != "default") {
+        return refuse(
+            "rope_parameters.rope_type",
+            format!("\"{kind}\" is not built; only \"default\" is"),
+        );
+    }
+    if text.rope_scaling.is_some_and(|scaling| !scaling.is_null()) {
+        return refuse(
+            "rope_scaling",
+            "scaled positions are not built; it must be null".into(),
+        );
+    }
+    let Some(rope_theta) = rope.rope_theta.or(text.rope_theta) else {
+        return refuse(
+            "rope_theta",
+            "is missing, and every release has its own".into(),
+        );
+    };
+    if text.attention_bias {
+        return refuse(
+            "attention_bias",
+            "projections with a bias are not built".into(),
+        );
+    }
+    if let Some(act) = text.hidden_act.filter(|act| act != "silu") {
+        return refuse(
+            "hidden_act",
+            format!("\"{act}\" is not built; only \"silu\" is"),
+        );
+    }
+    let factor = rope
+        .partial_rotary_factor
+        .or(text.partial_rotary_factor)
+        .unwrap_or(0.25);
+    let rotated_dims = (text.head_dim as f64 * factor) as usize;
+    if rotated_dims > text.head_dim || !rotated_dims.is_multiple_of(2) {
+        return refuse(
+            "partial_rotary_factor",
+            format!("{factor} of {} dimensions cannot be rotated", text.head_dim),
+        );
+    }
+    for (key, value) in [
+        ("vocab_size", text.vocab_size),
+        ("hidden_size", text.hidden_size),
+        ("intermediate_size", text.intermediate_size),
+        ("num_hidden_layers", text.num_hidden_layers),
+        ("head_dim", text.head_dim),
+        (
+            "linear_conv_kernel_dim",
+            text.linear_conv_kernel_dim.saturating_sub(1),
+        ),
+        ("full_attention_interval", text.full_attention_interval),
+        ("linear_key_head_dim", text.linear_key_head_dim),
+        ("linear_value_head_dim", text.linear_value_head_dim),
+        ("max_position_embeddings", text.max_position_embeddings),
+    ] {
+        if value == 0 {
+            return refuse(key, "is too small".into());
+        }
+    }
+    for (key, many, few) in [
+        (
+            "num_key_value_heads",
+            text.num_attention_heads,
+            text.num_key_value_heads,
+        ),
+        (
+            "linear_num_key_heads",
+            text.linear_num_value_heads,
+            text.linear_num_key_heads,
+        ),
+    ] {
+        if few == 0 || !many.is_multiple_of(few) {
+            return refuse(key, format!("{many} heads cannot share {few}"));
+        }
+    }
+    let interval = text.full_attention_interval;
+    let layers = text.layer_types.unwrap_or_else(|| {
+        (1..=text.num_hidden_layers)
+            .map(|place| {
+                if place.is_multiple_of(interval) {
+                    LayerKind::FullAttention
+                } else {
+                    LayerKind::LinearAttention
+                }
+            })
+            .collect()
+    });
+    if layers.len() != text.num_hidden_layers {
+        return refuse(
+            "layer_types",
+            format!(
+                "names {} layers of {}",
+                layers.len(),
+                text.num_hidden_layers
+            ),
+        );
+    }
+    let own = text.max_position_embeddings;
+    Ok(Config {
+        vocab_size: text.vocab_size,
+        hidden_size: text.hidden_size,
+        intermediate_size: text.intermediate_size,
+        layers,
+        num_attention_heads: text.num_attention_heads,
+        num_key_value_heads: text.num_key_value_heads,
+        head_dim: text.head_dim,
+        rotated_dims,
+        rope_theta,
+        linear_num_key_heads: text.linear_num_key_heads,
+        linear_num_value_heads: text.linear_num_value_heads,
+        linear_key_head_dim: text.linear_key_head_dim,
+        linear_value_head_dim: text.linear_value_head_dim,
+        linear_conv_kernel_dim: text.linear_conv_kernel_dim,
+        rms_norm_eps: text.rms_norm_eps as f32,
+        // the multimodal class reads the outer flag, the text class the inner; releases set both alike
+        tie_word_embeddings: outer_tie.or(text.tie_word_embeddings).unwrap_or(false),
+        context_length: context_length.map_or(own, |bound| bound.min(own)),
+    })
+}

@@ -1,0 +1,156 @@
+//! Linear attention: a gated delta net.
+
+use super::config::Config;
+use crate::kernels::causal_conv::causal_conv;
+use crate::kernels::delta_rule::{Heads, delta_rule};
+use crate::kernels::norm::gated_rms_norm;
+use crate::kernels::{sigmoid, with_f32};
+use crate::memory::{DeltaState, LayerState, SequenceState};
+use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
+use crate::model::{Batch, LoadError};
+use crate::weights::Weights;
+use candle_core::{Result, Tensor};
+
+/// Convolution, gated delta rule, gated norm (Qwen3_5GatedDeltaNet).
+#[derive(Debug)]
+pub(super) struct GatedDeltaNet {
+    in_proj_qkv: ColumnParallelLinear,
+    in_proj_z: ColumnParallelLinear,
+    in_proj_b: ColumnParallelLinear,
+    in_proj_a: ColumnParallelLinear,
+    /// `(taps, channels)`: channels lie side by side.
+    conv1d: Vec<f32>,
+    taps: usize,
+    /// `exp(A_log)` by value head.
+    decay_rate: Vec<f32>,
+    dt_bias: Vec<f32>,
+    /// The gated norm's weight; as it is, not one more.
+    norm: Vec<f32>,
+    eps: f32,
+    out_proj: RowParallelLinear,
+    /// Heads held here.
+    heads: Heads,
+}
+
+impl GatedDeltaNet {
+    pub(super) fn load(
+        config: &Config,
+        weights: &Weights<'_>,
+    ) -> std::result::Result<Self, LoadError> {
+        let hidden = config.hidden_size;
+        let (key_heads, value_heads) = (config.linear_num_key_heads, config.linear_num_value_heads);
+        let (key_dim, value_dim) = (config.linear_key_head_dim, config.linear_value_head_dim);
+        let taps = config.linear_conv_kernel_dim;
+        let blocks = [
+            (key_heads, key_dim),
+            (key_heads, key_dim),
+            (value_heads, value_dim),
+        ]; // q, k, v
+        let column =
+            |name, width| ColumnParallelLinear::load(weights, name, value_heads, width, hidden);
+        let by_head = |name| -> std::result::Result<Vec<f32>, LoadError> {
+            Ok(weights
+                .column_parallel(name, value_heads, 1, &[])?
+                .to_vec1()?)
+        };
+        let conv1d = weights
+            .pp("conv1d")
+            .split_columns("weight", &blocks, &[1, taps])?; // (channels, 1, taps)
+        let in_proj_z = column("in_proj_z", value_dim)?;
+        let value = in_proj_z.width()? / value_dim;
+        let key = (conv1d.dims()[0] - value * value_dim) / (2 * key_dim);
+        Ok(Self {
+            in_proj_qkv: ColumnParallelLinear::load_blocks(
+                weights,
+                "in_proj_qkv",
+                &blocks,
+                hidden,
+            )?,
+            in_proj_z,
+            in_proj_b: column("in_proj_b", 1)?,
+            in_proj_a: column("in_proj_a", 1)?,
+            conv1d: conv1d.squeeze(1)?.t()?.flatten_all()?.to_vec1()?,
+            taps,
+            decay_rate: by_head("A_log")?.into_iter().map(f32::exp).collect(),
+            dt_bias: by_head("dt_bias")?,
+            norm: weights
+                .pp("norm")
+                .replicated("weight", &[value_dim])?
+                .to_vec1()?,
+            eps: config.rms_norm_eps,
+            out_proj: RowParallelLinear::load(weights, "out_proj", hidden, value_heads, value_dim)?,
+            heads: Heads {
+                key,
+                value,
+                key_dim,
+                value_dim,
+            },
+        })
+    }
+
+    /// (t, hidden) → (t, hidden); advances the state of every segment by its rows.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> Result<Tensor> {
+        let heads = self.heads;
+        let (value, channels) = (heads.value, heads.channels());
+        let qkv = self.in_proj_qkv.forward(x)?; // (t, channels)
+        let z = self.in_proj_z.forward(x)?; // (t, value heads · value dim)
+        // β = sigmoid(b);  g = −exp(A_log) · softplus(a + dt_bias)
+        let mut beta = with_f32(&self.in_proj_b.forward(x)?, <[f32]>::to_vec)?; // (t, value heads)
+        beta.iter_mut().for_each(|b| *b = sigmoid(*b));
+        let mut decay = with_f32(&self.in_proj_a.forward(x)?, <[f32]>::to_vec)?; // (t, value heads)
+        for (index, a) in decay.iter_mut().enumerate() {
+            let head = index % value;
+            *a = -self.decay_rate[head] * softplus(*a + self.dt_bias[head]);
+        }
+        let mut mixed = Vec::with_capacity(batch.ids.len() * value * heads.value_dim);
+        for segment in &batch.segments {
+            let LayerState::Delta(state) = &mut states[segment.state].layers[layer] else {
+                candle_core::bail!("layer {layer} keeps a recurrent state, its state does not");
+            };
+            let rows = segment.rows.clone();
+            let convolved = with_f32(&qkv, |qkv| {
+                causal_conv(
+                    &qkv[rows.start * channels..rows.end * channels],
+                    &self.conv1d,
+                    &mut state.conv,
+                    channels,
+                )
+            })?;
+            let by_head = rows.start * value..rows.end * value;
+            mixed.extend(delta_rule(
+                &convolved,
+                &decay[by_head.clone()],
+                &beta[by_head],
+                &mut state.recurrent,
+                heads,
+            ));
+        }
+        with_f32(&z, |z| gated_rms_norm(&mut mixed, z, &self.norm, self.eps))?;
+        self.out_proj
+            .forward(&Tensor::from_vec(mixed, z.shape(), x.device())?)
+    }
+
+    pub(super) fn new_state(&self) -> LayerState {
+        let heads = self.heads;
+        LayerState::Delta(DeltaState {
+            conv: vec![0.0; (self.taps - 1) * heads.channels()],
+            recurrent: vec![0.0; heads.value * heads.key_dim * heads.value_dim],
+        })
+    }
+
+    pub(super) fn state_floats(&self) -> usize {
+        (self.taps - 1) * self.heads.channels()
+            + self.heads.value * self.heads.key_dim * self.heads.value_dim
+    }
+}
+
+/// `ln(1 + eˣ)`, without overflow.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}

@@ -1,0 +1,85 @@
+"""The official SDKs as clients of a running cortex: whole and streamed answers, and errors as their own classes.
+
+usage: check.py BASE_URL MODEL
+"""
+
+import sys
+
+import anthropic
+import openai
+
+
+def openai_chat(base, model):
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key="unused", max_retries=0)
+    assert model in [card.id for card in client.models.list()], "the model is listed"
+    assert client.models.retrieve(model).id == model
+    ask = dict(model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=16, temperature=0)
+
+    whole = client.chat.completions.create(**ask)
+    choice = whole.choices[0]
+    assert choice.message.role == "assistant" and choice.finish_reason in ("stop", "length")
+    assert whole.usage.prompt_tokens > 0 and whole.usage.completion_tokens > 0
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+    text, finish, usage = "", None, None
+    for chunk in client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        for piece in chunk.choices:
+            text += piece.delta.content or ""
+            finish = piece.finish_reason or finish
+        usage = chunk.usage or usage
+    assert text == (choice.message.content or ""), (text, choice.message.content)
+    assert finish == choice.finish_reason
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+    written = client.completions.create(model=model, prompt="Hello", max_tokens=8, temperature=0)
+    streamed = client.completions.create(model=model, prompt="Hello", max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == written.choices[0].text
+
+    for wrong, kind in [
+        (dict(ask, model="nobody"), openai.NotFoundError),
+        (dict(ask, temperature=-1), openai.BadRequestError),
+        (dict(ask, messages=[{"role": "user", "content": "x " * 20000}]), openai.BadRequestError),
+    ]:
+        try:
+            client.chat.completions.create(**wrong)
+        except kind as error:
+            assert error.request_id and error.message, error
+        else:
+            raise AssertionError(f"{kind.__name__} was expected")
+
+
+def anthropic_messages(base, model):
+    client = anthropic.Anthropic(base_url=base, api_key="unused", max_retries=0)
+    # ids of other generations of this API are listed the same way
+    ask = dict(model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=16, temperature=0)
+
+    whole = client.messages.create(**ask)
+    text = "".join(block.text for block in whole.content if block.type == "text")
+    assert whole.role == "assistant" and whole.stop_reason in ("end_turn", "max_tokens")
+    assert whole.usage.input_tokens > 0 and whole.usage.output_tokens > 0
+
+    with client.messages.stream(**ask) as stream:
+        streamed = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert streamed == text, (streamed, text)
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert final.usage.input_tokens == whole.usage.input_tokens
+
+    for wrong, kind in [
+        (dict(ask, model="nobody"), anthropic.NotFoundError),
+        (dict(ask, messages=[{"role": "robot", "content": "x"}]), anthropic.BadRequestError),
+    ]:
+        try:
+            client.messages.create(**wrong)
+        except kind as error:
+            assert error.request_id, error
+        else:
+            raise AssertionError(f"{kind.__name__} was expected")
+
+
+if __name__ == "__main__":
+    base, model = sys.argv[1:]
+    openai_chat(base, model)
+    anthropic_messages(base, model)
+    print(f"openai {openai.__version__} and anthropic {anthropic.__version__}: whole, streamed and refused as they should be")
