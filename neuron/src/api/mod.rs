@@ -79,7 +79,6 @@ impl ApiMetrics {
 }
 
 /// The whole API.
-#[must_use]
 pub fn router(state: Arc<ApiState>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::complete))

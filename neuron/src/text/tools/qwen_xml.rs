@@ -46,7 +46,10 @@ impl QwenXml {
                 Some(call) => out.push(Piece::Call(call)),
                 None => out.push(Piece::Content(format!("{OPEN}{held}"))),
             }
-        } else if !held.is_empty() && !(self.called && held.trim().is_empty()) {
+            return;
+        }
+        let belongs_to_the_form = self.called && held.trim().is_empty();
+        if !held.is_empty() && !belongs_to_the_form {
             out.push(Piece::Content(held));
         }
     }
