@@ -1,1 +1,131 @@
-//! (see house.md)
+//! The command line.
+
+use crate::config::{Config, ConfigError, ModelConfig};
+use crate::verify::VerifyArgs;
+use clap::{Args, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Holds models on this host and runs them in process.
+#[derive(Debug, Parser)]
+#[command(name = "neuron", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// Something else than to serve.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to serve.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What to do instead of serving.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check a configuration file and say what is wrong with it
+    Check {
+        /// The configuration file
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Hold a model to golden numbers: does this machine compute it right?
+    Verify(VerifyArgs),
+}
+
+/// How to serve: by a file, or by a model for a quick start.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Serve this model: a folder in Hugging Face layout or a hub id
+    #[arg(long, value_name = "DIR_OR_HUB_ID", conflicts_with = "config")]
+    pub model: Option<String>,
+    /// The name requests use for it [default: the last part of --model]
+    #[arg(long, value_name = "NAME", requires = "model")]
+    pub id: Option<String>,
+    /// Where to listen [default: as configured, else 127.0.0.1:13131]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// Stop when standard input is closed: a parent that dies takes this daemon with it
+    #[arg(long)]
+    pub exit_with_stdin: bool,
+}
+
+impl ServeArgs {
+    /// The configuration these arguments ask for.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        let mut config = match &self.config {
+            Some(file) => Config::load(file)?,
+            None => Config::default_on_this_host()?,
+        };
+        if let Some(source) = &self.model {
+            config.models = vec![ModelConfig {
+                id: self.id.clone().unwrap_or_else(|| name_of(source)),
+                source: source.clone(),
+                context_length: None,
+            }];
+        }
+        if let Some(listen) = self.listen {
+            config.listen = listen;
+        }
+        Ok(config)
+    }
+
+    /// The model was named on the command line: without it there is nothing to stay up for.
+    #[must_use]
+    pub fn is_quick_start(&self) -> bool {
+        self.model.is_some()
+    }
+}
+
+/// The last part of a folder or hub id.
+fn name_of(source: &str) -> String {
+    let name = source.trim_end_matches('/').rsplit('/').next();
+    name.filter(|name| !name.is_empty() && !name.starts_with('.'))
+        .unwrap_or("model")
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn config(arguments: &[&str]) -> Config {
+        let arguments = ["neuron"].iter().chain(arguments);
+        Cli::try_parse_from(arguments)
+            .unwrap()
+            .serve
+            .config()
+            .unwrap()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_quick_start_names_the_model_after_its_source() {
+        let config = config(&[
+            "--model",
+            "/models/qwen3_5_text/",
+            "--listen",
+            "127.0.0.1:0",
+        ]);
+        assert_eq!(config.models[0].id, "qwen3_5_text");
+        assert_eq!(config.listen.port(), 0);
+        let named = ["--model", "owner/name", "--id", "mine"];
+        assert_eq!(self::config(&named).models[0].id, "mine");
+        assert_eq!(name_of("."), "model");
+    }
+
+    #[test]
+    fn a_file_and_a_model_exclude_each_other() {
+        let both = ["neuron", "--config", "a.toml", "--model", "b"];
+        assert!(Cli::try_parse_from(both).is_err());
+    }
+}

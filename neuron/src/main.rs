@@ -1,2 +1,68 @@
-//! placeholder
-fn main() {}
+//! The daemon's entry: arguments → configuration → app → exit code.
+
+use clap::Parser;
+use neuron::app;
+use neuron::cli::{Cli, Command, ServeArgs};
+use neuron::config::{self, Config, ConfigError};
+use neuron::{telemetry, verify};
+use std::process::ExitCode;
+
+/// The configuration cannot be used: EX_USAGE of sysexits.
+const BAD_CONFIG: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Some(Command::Check { config }) => match Config::load(&config) {
+            Ok(_) => {
+                println!("{}: valid", config.display());
+                ExitCode::SUCCESS
+            }
+            Err(error) => refuse(&error),
+        },
+        Some(Command::Verify(args)) => match verify::run(&args) {
+            Ok(report) => {
+                println!("{report}");
+                if report.passed() {
+                    ExitCode::SUCCESS
+                } else {
+                    ExitCode::FAILURE
+                }
+            }
+            Err(error) => fail(&error.to_string()),
+        },
+        None => match cli.serve.config() {
+            Ok(config) => serve(config, &cli.serve),
+            Err(error) => refuse(&error),
+        },
+    }
+}
+
+fn serve(config: Config, args: &ServeArgs) -> ExitCode {
+    telemetry::init(config.log, &config::log_filter());
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.to_string()),
+    };
+    let outcome = runtime.block_on(app::serve(
+        config,
+        args.is_quick_start(),
+        args.exit_with_stdin,
+    ));
+    // A model that is still being read cannot be interrupted, and its memory goes with the process.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error.to_string()),
+    }
+}
+
+fn refuse(error: &ConfigError) -> ExitCode {
+    eprintln!("{error}");
+    ExitCode::from(BAD_CONFIG)
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("neuron: {message}");
+    ExitCode::FAILURE
+}

@@ -26,6 +26,8 @@ pub enum ErrorKind {
     MethodNotAllowed,
     /// The client did not send its request in time.
     RequestTimeout,
+    /// What is asked for contradicts what is there.
+    Conflict,
     /// Body over the limit.
     PayloadTooLarge,
     /// A content type or encoding we do not read.
@@ -55,6 +57,7 @@ impl ErrorKind {
             Self::NotFound | Self::ModelNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
+            Self::Conflict => 409,
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::HeadersTooLarge => 431,
@@ -110,6 +113,7 @@ impl ErrorKind {
             Self::GatewayTimeout => Some("upstream_timeout"),
             Self::NotFound => Some("unknown_path"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
+            Self::Conflict => Some("conflict"),
             Self::InvalidRequest
             | Self::Forbidden
             | Self::RequestTimeout
@@ -131,6 +135,7 @@ impl ErrorKind {
             (404, _) => Self::NotFound,
             (405, _) => Self::MethodNotAllowed,
             (408, _) => Self::RequestTimeout,
+            (409, _) => Self::Conflict,
             (413, _) => Self::PayloadTooLarge,
             (415, _) => Self::UnsupportedMediaType,
             (429, _) => Self::RateLimited,

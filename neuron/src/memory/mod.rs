@@ -67,12 +67,16 @@ impl SequenceState {
         4 * floats as u64
     }
 
-    /// A state without layers, for models in tests.
+    /// The state of a fake model in tests: one layer, in which the fake keeps the tokens it has seen.
     #[cfg(test)]
-    pub(crate) fn without_layers() -> Self {
+    pub(crate) fn of_fake() -> Self {
+        let seen = DeltaState {
+            conv: Vec::new(),
+            recurrent: Vec::new(),
+        };
         Self {
             len: 0,
-            layers: Vec::new(),
+            layers: vec![LayerState::Delta(seen)],
         }
     }
 }

@@ -1,1 +1,519 @@
-//! (see house.md)
+//! The models on this host as a state machine: loading → loaded | failed, and unloading → gone.
+
+pub mod folder;
+pub mod hub;
+pub mod preflight;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use crate::config::{Config, HubConfig, Limits};
+use crate::devices;
+use crate::engine::admission::AdmissionLimits;
+use crate::engine::metrics::EngineMetrics;
+use crate::engine::scheduler::Bounds;
+use crate::engine::{Engine, EngineConfig};
+use crate::model::{self, CausalLm, LoadError, LoadOptions};
+use folder::{FolderError, ModelText};
+use hub::HubError;
+use preflight::PreflightError;
+use prometheus::{HistogramOpts, HistogramVec, Registry};
+use protocol::node::{LoadModel, ModelState, ModelStatus};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::watch;
+
+/// How long a reader may take nothing before its request is cut: long enough for a laptop to change networks.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// Share of the free memory that states may take: the rest is for activations and everything else on the host.
+const STATE_SHARE: f64 = 0.9;
+
+/// Reads a model: [`model::load`], or a fake in tests.
+pub type Loader =
+    dyn Fn(&Path, &LoadOptions, &dyn Fn(f32)) -> Result<Box<dyn CausalLm>, LoadError> + Send + Sync;
+
+/// Every model the host knows. Copies share one table.
+#[derive(Clone)]
+pub struct Residency {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    table: Mutex<Table>,
+    changed: watch::Sender<()>,
+    loader: Box<Loader>,
+    limits: Limits,
+    hub: HubConfig,
+    drain: Duration,
+    engine_metrics: EngineMetrics,
+    load_seconds: HistogramVec,
+}
+
+#[derive(Default)]
+struct Table {
+    models: BTreeMap<String, Entry>,
+    /// Set once: nothing is loaded from then on.
+    closed: bool,
+    next_load: u64,
+}
+
+struct Entry {
+    /// Tells this load from an earlier or later one of the same id.
+    load: u64,
+    wanted: LoadModel,
+    phase: Phase,
+    since: u64,
+    /// Bits of the f32 share of bytes read.
+    progress: Arc<AtomicU32>,
+}
+
+enum Phase {
+    Loading,
+    Loaded(Arc<ServedModel>),
+    Failed(String),
+    /// The model that is still serving its last requests; none when it was still being read.
+    Unloading(Option<Arc<ServedModel>>),
+}
+
+/// A model that serves requests.
+#[derive(Debug)]
+pub struct ServedModel {
+    /// The name requests use.
+    pub id: String,
+    /// Its tokenizer, template and advice.
+    pub text: ModelText,
+    /// What computes it.
+    pub engine: Engine,
+    /// Longest prompt plus answer in tokens.
+    pub context_length: usize,
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// Devices that hold it.
+    pub devices: Vec<String>,
+    /// Unix seconds at which it was loaded.
+    pub created: u64,
+}
+
+/// A model that cannot serve a request now.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Unavailable {
+    /// No such model.
+    #[error("there is no such model here")]
+    Unknown,
+    /// It is being read.
+    #[error("the model is being loaded ({:.0} % done)", progress * 100.0)]
+    Loading {
+        /// Share done, 0 to 1.
+        progress: f32,
+    },
+    /// Loading or running it failed.
+    #[error("the model failed: {reason}")]
+    Failed {
+        /// Why.
+        reason: String,
+    },
+    /// It is going away.
+    #[error("the model is being unloaded")]
+    Unloading,
+}
+
+/// A load that was not begun.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LoadRefused {
+    /// The id stands for something else.
+    #[error(
+        "`{id}` is already here from `{source_here}` with other settings; unload it first or use another id"
+    )]
+    Conflict {
+        /// The id.
+        id: String,
+        /// Where the one that is here came from.
+        source_here: String,
+    },
+    /// The id's last load is still going away.
+    #[error("`{0}` is being unloaded; load it again when it is gone")]
+    Unloading(String),
+    /// The daemon is stopping.
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+/// Why a load failed: one line that names the file and what to change.
+#[derive(Debug, thiserror::Error)]
+enum LoadFailed {
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    #[error(transparent)]
+    Model(#[from] LoadError),
+    #[error("no thread for the engine: {0}")]
+    Thread(std::io::Error),
+}
+
+impl Residency {
+    /// An empty host that reads models with [`model::load`].
+    #[must_use]
+    pub fn new(config: &Config, registry: &Registry) -> Self {
+        Self::with_loader(config, registry, Box::new(model::load))
+    }
+
+    /// An empty host that reads models with `loader`.
+    ///
+    /// # Panics
+    /// When the metrics are registered twice in one registry.
+    #[must_use]
+    pub fn with_loader(config: &Config, registry: &Registry, loader: Box<Loader>) -> Self {
+        let buckets = vec![
+            0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+        ];
+        let options = HistogramOpts::new(
+            "neuron_model_load_seconds",
+            "From the request to load a model until it serves or has failed.",
+        );
+        let load_seconds = HistogramVec::new(options.buckets(buckets), &["model", "outcome"])
+            .expect("names and labels are valid constants");
+        registry
+            .register(Box::new(load_seconds.clone()))
+            .expect("each family is registered once");
+        Self {
+            shared: Arc::new(Shared {
+                table: Mutex::default(),
+                changed: watch::channel(()).0,
+                loader,
+                limits: config.limits,
+                hub: config.hub.clone(),
+                drain: config.drain,
+                engine_metrics: EngineMetrics::register(registry),
+                load_seconds,
+            }),
+        }
+    }
+
+    /// The model `id`, if it serves.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn get(&self, id: &str) -> Result<Arc<ServedModel>, Unavailable> {
+        let table = self.shared.table();
+        let entry = table.models.get(id).ok_or(Unavailable::Unknown)?;
+        match &entry.phase {
+            Phase::Loading => Err(Unavailable::Loading {
+                progress: entry.progress(),
+            }),
+            Phase::Failed(reason) => Err(Unavailable::Failed {
+                reason: reason.clone(),
+            }),
+            Phase::Unloading(_) => Err(Unavailable::Unloading),
+            Phase::Loaded(model) => match model.engine.fault() {
+                Some(reason) => Err(Unavailable::Failed {
+                    reason: reason.to_owned(),
+                }),
+                None => Ok(model.clone()),
+            },
+        }
+    }
+
+    /// Begins to load a model and returns at once; joins a load of the same that is on its way or done.
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// When the id is taken by something else.
+    pub fn load(&self, wanted: LoadModel) -> Result<ModelStatus, LoadRefused> {
+        let mut table = self.shared.table();
+        if table.closed {
+            return Err(LoadRefused::Stopping);
+        }
+        if let Some(entry) = table.models.get(&wanted.id) {
+            match entry.phase {
+                Phase::Unloading(_) => return Err(LoadRefused::Unloading(wanted.id)),
+                Phase::Failed(_) => {}
+                Phase::Loaded(ref model) if model.engine.fault().is_some() => {}
+                Phase::Loading | Phase::Loaded(_) => {
+                    let same_length = wanted.context_length.is_none()
+                        || wanted.context_length == entry.wanted.context_length;
+                    if wanted.source == entry.wanted.source && same_length {
+                        return Ok(entry.status());
+                    }
+                    return Err(LoadRefused::Conflict {
+                        id: wanted.id,
+                        source_here: entry.wanted.source.clone(),
+                    });
+                }
+            }
+        }
+        table.next_load += 1;
+        let entry = Entry {
+            load: table.next_load,
+            wanted: wanted.clone(),
+            phase: Phase::Loading,
+            since: unix_seconds(),
+            progress: Arc::default(),
+        };
+        let (load, progress, status) = (entry.load, entry.progress.clone(), entry.status());
+        table.models.insert(wanted.id.clone(), entry);
+        drop(table);
+        tracing::info!(model = wanted.id, source = wanted.source, "loading");
+        let shared = self.shared.clone();
+        tokio::spawn(async move { shared.carry_out(load, wanted, progress).await });
+        Ok(status)
+    }
+
+    /// Lets a model go once its requests have ended, at the latest after the configured time to drain.
+    /// None when there is no such model. Must be called within a tokio runtime.
+    #[must_use]
+    pub fn unload(&self, id: &str) -> Option<ModelStatus> {
+        let mut table = self.shared.table();
+        let entry = table.models.get_mut(id)?;
+        let load = entry.load;
+        match &entry.phase {
+            Phase::Unloading(_) => {}
+            Phase::Loading => {
+                // The load sees it when it is done.
+                entry.begin_unloading(None);
+            }
+            Phase::Failed(_) => {
+                entry.begin_unloading(None);
+                let status = entry.status();
+                table.models.remove(id);
+                return Some(status);
+            }
+            Phase::Loaded(model) => {
+                let model = model.clone();
+                entry.begin_unloading(Some(model.clone()));
+                let shared = self.shared.clone();
+                tokio::spawn(async move {
+                    model.engine.drain(shared.drain).await;
+                    shared.forget(&model.id, load);
+                });
+            }
+        }
+        let status = entry.status();
+        drop(table);
+        tracing::info!(model = id, "unloading");
+        self.shared.changed.send_replace(());
+        Some(status)
+    }
+
+    /// Every model, sorted by id.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<ModelStatus> {
+        self.shared
+            .table()
+            .models
+            .values()
+            .map(Entry::status)
+            .collect()
+    }
+
+    /// One model.
+    #[must_use]
+    pub fn status(&self, id: &str) -> Option<ModelStatus> {
+        self.shared.table().models.get(id).map(Entry::status)
+    }
+
+    /// Waits until `done` is true of the models; looks again at each change of state.
+    pub async fn wait_until(&self, mut done: impl FnMut(&[ModelStatus]) -> bool) {
+        let mut changed = self.shared.changed.subscribe();
+        while !done(&self.statuses()) {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Loads nothing from now on, and drains every model.
+    pub async fn close(&self) {
+        let ids: Vec<String> = {
+            let mut table = self.shared.table();
+            table.closed = true;
+            table.models.keys().cloned().collect()
+        };
+        for id in ids {
+            // Gone in between is gone.
+            let _ = self.unload(&id);
+        }
+        // A load that is still reading cannot be interrupted: the process may end under it.
+        self.wait_until(|models| models.iter().all(|model| model.devices.is_empty()))
+            .await;
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // Each change to the table is a single assignment, so a panic cannot leave it half done.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn carry_out(self: Arc<Self>, load: u64, wanted: LoadModel, progress: Arc<AtomicU32>) {
+        let began = Instant::now();
+        let id = wanted.id.clone();
+        let shared = self.clone();
+        let outcome = tokio::task::spawn_blocking(move || {
+            shared
+                .read(&wanted, &progress)
+                .map_err(|error| error.to_string())
+        })
+        .await
+        .unwrap_or_else(|error| Err(format!("loading panicked: {error}")));
+        let seconds = began.elapsed().as_secs_f64();
+        let label = if outcome.is_ok() { "loaded" } else { "failed" };
+        self.load_seconds
+            .with_label_values(&[id.as_str(), label])
+            .observe(seconds);
+        let mut table = self.table();
+        let Some(entry) = table.models.get_mut(&id).filter(|entry| entry.load == load) else {
+            return;
+        };
+        if matches!(entry.phase, Phase::Unloading(_)) {
+            table.models.remove(&id);
+            tracing::info!(model = id, "unloaded before it served");
+        } else {
+            entry.since = unix_seconds();
+            entry.phase = match outcome {
+                Ok(model) => {
+                    tracing::info!(
+                        model = id,
+                        seconds,
+                        context_length = model.context_length,
+                        "loaded"
+                    );
+                    Phase::Loaded(Arc::new(model))
+                }
+                Err(reason) => {
+                    tracing::error!(model = id, reason, "loading failed");
+                    Phase::Failed(reason)
+                }
+            };
+        }
+        drop(table);
+        self.changed.send_replace(());
+    }
+
+    /// Everything between an id and an engine. Takes as long as the disk, or the hub.
+    fn read(&self, wanted: &LoadModel, progress: &AtomicU32) -> Result<ServedModel, LoadFailed> {
+        let folder = hub::resolve(&wanted.source, &self.hub)?;
+        let device = devices::default_device();
+        preflight::check(&folder, devices::free_bytes(&device))?;
+        let text = ModelText::load(&folder)?;
+        let options = LoadOptions {
+            device: device.clone(),
+            context_length: wanted
+                .context_length
+                .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
+        };
+        let model = (self.loader)(&folder, &options, &|share| {
+            progress.store(share.to_bits(), Ordering::Relaxed);
+        })?;
+        let context_length = model.context_length();
+        let state_bytes = devices::free_bytes(&device)
+            .map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
+        preflight::check_context(&folder, context_length, state_bytes, |tokens| {
+            model.state_bytes(tokens)
+        })?;
+        let weight_bytes = model.weight_bytes();
+        let engine_config = EngineConfig {
+            id: wanted.id.clone(),
+            eos: text.eos.clone(),
+            vocab: text.tokenizer.vocab_size(),
+            admission: AdmissionLimits {
+                max_waiting: self.limits.max_waiting,
+                max_prompt_tokens: self.limits.max_queued_prompt_tokens,
+            },
+            bounds: Bounds {
+                max_running: self.limits.max_running,
+                prefill_tokens: self.limits.prefill_chunk_tokens,
+                state_bytes,
+            },
+            stall_limit: STALL_LIMIT,
+        };
+        let metrics = self.engine_metrics.of(&wanted.id);
+        Ok(ServedModel {
+            id: wanted.id.clone(),
+            text,
+            engine: Engine::start(model, engine_config, metrics).map_err(LoadFailed::Thread)?,
+            context_length,
+            weight_bytes,
+            devices: vec![devices::id_of(&device)],
+            created: unix_seconds(),
+        })
+    }
+
+    fn forget(&self, id: &str, load: u64) {
+        let mut table = self.table();
+        if table.models.get(id).is_some_and(|entry| entry.load == load) {
+            table.models.remove(id);
+        }
+        drop(table);
+        tracing::info!(model = id, "unloaded");
+        self.changed.send_replace(());
+    }
+}
+
+impl Entry {
+    fn progress(&self) -> f32 {
+        f32::from_bits(self.progress.load(Ordering::Relaxed))
+    }
+
+    fn begin_unloading(&mut self, model: Option<Arc<ServedModel>>) {
+        self.phase = Phase::Unloading(model);
+        self.since = unix_seconds();
+    }
+
+    fn status(&self) -> ModelStatus {
+        let mut status = ModelStatus {
+            id: self.wanted.id.clone(),
+            state: ModelState::Loading,
+            progress: self.progress(),
+            reason: None,
+            source: self.wanted.source.clone(),
+            devices: Vec::new(),
+            memory_bytes: 0,
+            context_length: self.wanted.context_length.unwrap_or(0),
+            in_flight: 0,
+            since: self.since,
+        };
+        let fail = |status: &mut ModelStatus, reason: &str| {
+            status.state = ModelState::Failed;
+            status.reason = Some(reason.to_owned());
+        };
+        let hold = |status: &mut ModelStatus, model: &ServedModel| {
+            status.progress = 1.0;
+            status.devices.clone_from(&model.devices);
+            status.memory_bytes = model.weight_bytes;
+            status.context_length = model.context_length as u64;
+            status.in_flight = model.engine.in_flight();
+        };
+        match &self.phase {
+            Phase::Loading => {}
+            Phase::Unloading(model) => {
+                status.state = ModelState::Unloading;
+                if let Some(model) = model {
+                    hold(&mut status, model);
+                }
+            }
+            Phase::Failed(reason) => fail(&mut status, reason),
+            Phase::Loaded(model) => match model.engine.fault() {
+                Some(reason) => fail(&mut status, reason),
+                None => {
+                    status.state = ModelState::Loaded;
+                    hold(&mut status, model);
+                }
+            },
+        }
+        status
+    }
+}
+
+/// Seconds since 1970.
+#[must_use]
+pub fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_secs())
+}

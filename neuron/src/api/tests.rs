@@ -1,0 +1,749 @@
+//! The API in process, over a fake model.
+
+use super::*;
+use crate::config::Config;
+use crate::engine::fake::{FakeModel, Gate, Script};
+use crate::residency::Loader;
+use crate::text::tokenizer::tests::{fixture, tiny};
+use axum::body::{Body, to_bytes};
+use axum::http::{Method, StatusCode, header};
+use futures::StreamExt;
+use protocol::node::{LoadModel, ModelState};
+use serde_json::{Value, json};
+use std::sync::Mutex;
+use tower::ServiceExt;
+
+struct Api {
+    router: Router,
+    state: Arc<ApiState>,
+}
+
+async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
+    let mut config = Config::default_on_this_host().unwrap();
+    change(&mut config);
+    let registry = Registry::new();
+    let once = Mutex::new(Some(model));
+    let loader: Box<Loader> =
+        Box::new(move |_, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
+    let residency = Residency::with_loader(&config, &registry, loader);
+    let wanted = LoadModel {
+        id: "org/m".into(),
+        source: fixture().to_str().unwrap().into(),
+        context_length: None,
+    };
+    residency.load(wanted).unwrap();
+    residency
+        .wait_until(|models| {
+            models
+                .iter()
+                .all(|model| model.state != ModelState::Loading)
+        })
+        .await;
+    let state = Arc::new(ApiState {
+        name: "host".into(),
+        residency,
+        limits: config.limits,
+        at_start: vec!["org/m".into()],
+        stopping: AtomicBool::new(false),
+        metrics: ApiMetrics::register(&registry),
+        registry,
+    });
+    Api {
+        router: router(state.clone()),
+        state,
+    }
+}
+
+async fn api() -> Api {
+    api_with(FakeModel::new(Script::Hash), |_| {}).await
+}
+
+/// A model that answers `how` with `text` and ends its turn.
+async fn saying(text: &str) -> Api {
+    let tokenizer = tiny();
+    let mut tokens = tokenizer.encode(text).unwrap();
+    tokens.push(481);
+    let prompt = "<|im_start|>user\nhow<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
+    let prompt = tokenizer.encode(prompt).unwrap().len();
+    api_with(FakeModel::new(Script::Say { prompt, tokens }), |_| {}).await
+}
+
+impl Api {
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl Into<Body>,
+        headers: &[(&str, &str)],
+    ) -> Response {
+        let mut request = Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(body.into()).unwrap();
+        self.router.clone().oneshot(request).await.unwrap()
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> (StatusCode, Value) {
+        let response = self.send(Method::POST, path, body.to_string(), &[]).await;
+        let status = response.status();
+        (status, serde_json::from_str(&text(response).await).unwrap())
+    }
+
+    async fn get(&self, path: &str) -> (StatusCode, String) {
+        let response = self.send(Method::GET, path, Body::empty(), &[]).await;
+        (response.status(), text(response).await)
+    }
+
+    async fn stream(&self, path: &str, body: &Value, headers: &[(&str, &str)]) -> String {
+        let response = self
+            .send(Method::POST, path, body.to_string(), headers)
+            .await;
+        assert_eq!(response.status(), StatusCode::OK);
+        assert!(
+            response.headers()[header::CONTENT_TYPE]
+                .to_str()
+                .unwrap()
+                .starts_with("text/event-stream")
+        );
+        text(response).await
+    }
+}
+
+async fn text(response: Response) -> String {
+    let bytes = to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// The `data:` lines of a stream.
+fn events(stream: &str) -> Vec<&str> {
+    stream
+        .split("\n\n")
+        .filter_map(|event| event.strip_prefix("data: "))
+        .collect()
+}
+
+fn chat(extra: Value) -> Value {
+    let mut body = json!({
+        "model": "org/m", "temperature": 0, "max_tokens": 8,
+        "messages": [{"role": "user", "content": "how"}],
+    });
+    for (name, value) in extra.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
+
+const CHAT: &str = "/v1/chat/completions";
+
+#[tokio::test]
+async fn a_whole_answer_has_text_reason_and_counts() {
+    let api = saying("fine, thanks").await;
+    let (status, reply) = api.post(CHAT, &chat(json!({"max_tokens": null}))).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    assert_eq!(reply["object"], "chat.completion");
+    assert_eq!(
+        reply["choices"][0]["message"],
+        json!({"role": "assistant", "content": "fine, thanks"})
+    );
+    assert_eq!(reply["choices"][0]["finish_reason"], "stop");
+    let usage = &reply["usage"];
+    let tokens = tiny().encode("fine, thanks").unwrap().len() + 1;
+    assert_eq!(
+        usage["completion_tokens"], tokens,
+        "the end of the turn counts"
+    );
+    assert_eq!(usage["completion_tokens_details"]["reasoning_tokens"], 0);
+    assert!(reply["timings"]["queue_ms"].is_number());
+}
+
+#[tokio::test]
+async fn a_stream_has_role_text_reason_usage_and_done_in_that_order() {
+    let api = saying("fine, thanks").await;
+    let body = chat(
+        json!({"max_tokens": null, "stream": true, "stream_options": {"include_usage": true}}),
+    );
+    let stream = api
+        .stream(CHAT, &body, &[("x-cortex-usage-comment", "1")])
+        .await;
+    let events = events(&stream);
+    let chunks: Vec<Value> = events[..events.len() - 1]
+        .iter()
+        .map(|event| serde_json::from_str(event).unwrap())
+        .collect();
+    assert_eq!(*events.last().unwrap(), "[DONE]");
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let content: String = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(content, "fine, thanks");
+    let [.., last, usage] = &chunks[..] else {
+        panic!("{chunks:?}");
+    };
+    assert_eq!(last["choices"][0]["finish_reason"], "stop");
+    assert_eq!(usage["choices"], json!([]));
+    let tail = format!(": usage {}\n\ndata: [DONE]\n\n", usage["usage"]);
+    assert!(stream.ends_with(&tail), "{stream}");
+    let plain = api.stream(CHAT, &chat(json!({"stream": true})), &[]).await;
+    assert!(!plain.contains("usage"), "{plain}");
+}
+
+#[tokio::test]
+async fn thinking_and_calls_come_in_their_own_fields() {
+    let call =
+        "<tool_call>\n<function=now>\n<parameter=zone>\n2\n</parameter>\n</function>\n</tool_call>";
+    let tools = json!([{"type": "function", "function": {"name": "now",
+        "parameters": {"properties": {"zone": {"type": "integer"}}}}}]);
+    // The prompt with tools is longer: let the script find its length.
+    let render = |thinking: bool| {
+        let template = crate::residency::folder::ModelText::load(&fixture())
+            .unwrap()
+            .template;
+        let messages =
+            vec![serde_json::from_value(json!({"role": "user", "content": "how"})).unwrap()];
+        let tools: Vec<protocol::chat::Tool> = serde_json::from_value(tools.clone()).unwrap();
+        let variables = json!({"enable_thinking": thinking})
+            .as_object()
+            .unwrap()
+            .clone();
+        let conversation = crate::text::template::Conversation {
+            messages: &messages,
+            tools: &tools,
+            variables: &variables,
+        };
+        tiny()
+            .encode(&template.render(&conversation).unwrap())
+            .unwrap()
+            .len()
+    };
+    let mut tokens = tiny().encode(&format!("hm\n</think>\n\n{call}")).unwrap();
+    tokens.push(481);
+    let script = Script::Say {
+        prompt: render(true),
+        tokens,
+    };
+    let api = api_with(FakeModel::new(script), |_| {}).await;
+    let body = chat(json!({"tools": tools, "reasoning_effort": "high", "max_tokens": null}));
+    let (status, reply) = api.post(CHAT, &body).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    let message = &reply["choices"][0]["message"];
+    assert_eq!(message["reasoning_content"], "hm");
+    assert_eq!(message["content"], Value::Null);
+    assert_eq!(
+        message["tool_calls"][0]["function"],
+        json!({"name": "now", "arguments": "{\"zone\":2}"})
+    );
+    assert_eq!(reply["choices"][0]["finish_reason"], "tool_calls");
+    assert!(
+        reply["usage"]["completion_tokens_details"]["reasoning_tokens"]
+            .as_u64()
+            .unwrap()
+            > 1
+    );
+    let mut streamed = body.clone();
+    streamed["stream"] = true.into();
+    let stream = api.stream(CHAT, &streamed, &[]).await;
+    assert!(stream.contains("\"reasoning_content\":\"h"), "{stream}");
+    assert!(
+        stream.contains("\"arguments\":\"{\\\"zone\\\":2}\""),
+        "{stream}"
+    );
+}
+
+#[tokio::test]
+async fn completions_take_text_and_ids_alike() {
+    let api = api().await;
+    let ids = tiny().encode("how").unwrap();
+    let ask = |prompt: Value| json!({"model": "org/m", "prompt": prompt, "temperature": 0, "max_tokens": 5});
+    let mut texts = Vec::new();
+    for prompt in [json!("how"), json!(["how"]), json!(ids), json!([ids])] {
+        let (status, reply) = api.post("/v1/completions", &ask(prompt)).await;
+        assert_eq!(status, StatusCode::OK, "{reply}");
+        assert_eq!(reply["object"], "text_completion");
+        assert_eq!(reply["choices"][0]["finish_reason"], "length");
+        texts.push(reply["choices"][0]["text"].clone());
+    }
+    assert!(texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+    let mut streamed = ask(json!("how"));
+    streamed["stream"] = true.into();
+    let stream = api.stream("/v1/completions", &streamed, &[]).await;
+    let events = events(&stream);
+    let content: String = events[..events.len() - 1]
+        .iter()
+        .map(|event| serde_json::from_str::<Value>(event).unwrap())
+        .filter_map(|chunk| chunk["choices"][0]["text"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(content, texts[0].as_str().unwrap());
+}
+
+#[tokio::test]
+async fn every_bad_request_names_what_is_wrong() {
+    let api = api().await;
+    let long = "word ".repeat(3000);
+    for (path, body, status, param, code) in [
+        (CHAT, json!([]), 400, None, None),
+        (CHAT, json!({"model": "org/m"}), 400, Some("messages"), None),
+        (CHAT, chat(json!({"model": 5})), 400, Some("model"), None),
+        (
+            CHAT,
+            chat(json!({"model": "x"})),
+            404,
+            Some("model"),
+            Some("model_not_found"),
+        ),
+        (
+            CHAT,
+            chat(json!({"messages": []})),
+            400,
+            Some("messages"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"messages": [{"role": "user", "content": 5}]})),
+            400,
+            Some("messages[0].content"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"messages": [{"content": "a"}]})),
+            400,
+            Some("messages[0].role"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"messages": ["a"]})),
+            400,
+            Some("messages[0]"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(
+                json!({"messages": [{"role": "wizard", "content": "a"}, {"role": "user", "content": "b"}]}),
+            ),
+            400,
+            Some("messages"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(
+                json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}),
+            ),
+            400,
+            Some("messages[0].content"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"messages": [{"role": "user", "content": long}]})),
+            400,
+            Some("messages"),
+            Some("context_length_exceeded"),
+        ),
+        (
+            CHAT,
+            chat(json!({"temperature": "hot"})),
+            400,
+            Some("temperature"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"temperature": 3})),
+            400,
+            Some("temperature"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"max_tokens": -1})),
+            400,
+            Some("max_tokens"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"max_tokens": 0})),
+            400,
+            Some("max_tokens"),
+            None,
+        ),
+        (CHAT, chat(json!({"stop": 5})), 400, Some("stop"), None),
+        (CHAT, chat(json!({"n": 2})), 400, Some("n"), None),
+        (
+            CHAT,
+            chat(json!({"logprobs": true})),
+            400,
+            Some("logprobs"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"frequency_penalty": 0.5})),
+            400,
+            Some("frequency_penalty"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"logit_bias": {"5": 1}})),
+            400,
+            Some("logit_bias"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"response_format": {"type": "json_object"}})),
+            400,
+            Some("response_format"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"tool_choice": "required"})),
+            400,
+            Some("tool_choice"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"reasoning_effort": "utmost"})),
+            400,
+            Some("reasoning_effort"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"stream_options": {"include_usage": true}})),
+            400,
+            Some("stream_options"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "echo": true}),
+            400,
+            Some("echo"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "suffix": "b"}),
+            400,
+            Some("suffix"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "best_of": 2}),
+            400,
+            Some("best_of"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "logprobs": 1}),
+            400,
+            Some("logprobs"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": ""}),
+            400,
+            Some("prompt"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": [1, 515]}),
+            400,
+            Some("prompt"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": ["a", "b"]}),
+            400,
+            Some("prompt"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": long}),
+            400,
+            Some("prompt"),
+            Some("context_length_exceeded"),
+        ),
+        (
+            "/models/load",
+            json!({"id": "a"}),
+            400,
+            Some("source"),
+            None,
+        ),
+        (
+            "/models/load",
+            json!({"id": "org/m", "source": "elsewhere"}),
+            409,
+            Some("source"),
+            Some("conflict"),
+        ),
+        (
+            "/models/unload",
+            json!({"id": "nobody"}),
+            404,
+            Some("id"),
+            Some("model_not_found"),
+        ),
+    ] {
+        let (got, reply) = api.post(path, &body).await;
+        let error = &reply["error"];
+        assert_eq!(got.as_u16(), status, "{body}: {reply}");
+        assert_eq!(error["param"].as_str(), param, "{body}: {reply}");
+        if code.is_some() {
+            assert_eq!(error["code"].as_str(), code, "{body}: {reply}");
+        }
+        assert!(!error["message"].as_str().unwrap().is_empty());
+    }
+    let malformed = api.send(Method::POST, CHAT, "{\"model\": ", &[]).await;
+    assert_eq!(malformed.status(), StatusCode::BAD_REQUEST);
+    assert!(text(malformed).await.contains("not valid JSON"));
+}
+
+#[tokio::test]
+async fn harmless_fields_pass_and_unknown_ones_are_counted() {
+    let api = api().await;
+    let body = chat(json!({
+        "n": 1, "logprobs": false, "frequency_penalty": 0, "response_format": {"type": "text"},
+        "logit_bias": null, "metadata": {}, "user": "u", "wish": 1, "dream": [2],
+    }));
+    let response = api.send(Method::POST, CHAT, body.to_string(), &[]).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.headers()["x-unknown-fields"], "2");
+    let (_, metrics) = api.get("/metrics").await;
+    assert!(
+        metrics.contains("neuron_unknown_request_fields_total 2"),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn paths_methods_and_sizes_are_refused_in_the_same_shape() {
+    let api = api_with(FakeModel::new(Script::Hash), |config| {
+        config.limits.max_body_bytes = 1000
+    })
+    .await;
+    let unknown = api.send(Method::GET, "/v2/chat", Body::empty(), &[]).await;
+    assert_eq!(unknown.status(), StatusCode::NOT_FOUND);
+    assert!(text(unknown).await.contains("\"code\":\"unknown_path\""));
+    let method = api.send(Method::GET, CHAT, Body::empty(), &[]).await;
+    assert_eq!(method.status(), StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(method.headers()[header::ALLOW], "POST");
+    assert!(
+        text(method)
+            .await
+            .contains("\"code\":\"method_not_allowed\"")
+    );
+    let large = chat(json!({"user": "x".repeat(1000)}));
+    let (status, reply) = api.post(CHAT, &large).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{reply}");
+    let pieces = futures::stream::iter(vec![Ok::<_, std::convert::Infallible>(vec![b' '; 600]); 2]);
+    let chunked = api
+        .send(Method::POST, CHAT, Body::from_stream(pieces), &[])
+        .await;
+    assert_eq!(
+        chunked.status(),
+        StatusCode::PAYLOAD_TOO_LARGE,
+        "without a length too"
+    );
+}
+
+#[tokio::test]
+async fn the_request_id_comes_back_or_is_made() {
+    let api = api().await;
+    let given = api
+        .send(
+            Method::GET,
+            "/health/live",
+            Body::empty(),
+            &[("x-request-id", "mine-1")],
+        )
+        .await;
+    assert_eq!(given.headers()["x-request-id"], "mine-1");
+    let insane = api
+        .send(
+            Method::GET,
+            "/nowhere",
+            Body::empty(),
+            &[("x-request-id", "a b")],
+        )
+        .await;
+    assert_ne!(insane.headers()["x-request-id"], "a b");
+}
+
+#[tokio::test]
+async fn models_are_listed_by_ids_with_slashes() {
+    let api = api().await;
+    let (_, cards) = api.get("/v1/models").await;
+    assert!(
+        cards.contains("\"id\":\"org/m\"") && cards.contains("\"state\":\"loaded\""),
+        "{cards}"
+    );
+    for path in ["/models/org/m", "/models/org%2Fm"] {
+        let (status, body) = api.get(path).await;
+        assert_eq!(status, StatusCode::OK, "{path}: {body}");
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["id"], "org/m");
+        assert_eq!(body["context_length"], 4096);
+        assert_eq!(body["memory_bytes"], 1000);
+    }
+    assert_eq!(api.get("/models/nobody").await.0, StatusCode::NOT_FOUND);
+    let (_, node) = api.get("/discovery").await;
+    assert!(
+        node.contains("\"host\":\"host\"") && node.contains("\"id\":\"cpu\""),
+        "{node}"
+    );
+}
+
+#[tokio::test]
+async fn a_model_can_be_unloaded_and_then_is_unknown() {
+    let api = api().await;
+    assert_eq!(api.get("/health/ready").await.0, StatusCode::OK);
+    let (status, reply) = api.post("/models/unload", &json!({"id": "org/m"})).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(reply["state"], "unloading");
+    api.state.residency.wait_until(<[_]>::is_empty).await;
+    let (status, _) = api.post(CHAT, &chat(json!({}))).await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    api.state
+        .stopping
+        .store(true, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(
+        api.get("/health/ready").await.0,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_with_a_time_to_come_back() {
+    let gate = Gate::closed_after(0);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |config| {
+        config.limits.max_running = 1;
+        config.limits.max_waiting = 1;
+    })
+    .await;
+    // The first runs or is about to, the second waits: the third or fourth at the latest is one too many.
+    let mut open = Vec::new();
+    let refused = loop {
+        assert!(open.len() < 4, "nothing was refused");
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(CHAT)
+            .body(Body::from(chat(json!({})).to_string()))
+            .unwrap();
+        let mut reply = tokio::spawn(api.router.clone().oneshot(request));
+        let in_flight = open.len() as u64 + 1;
+        let engine = api.state.residency.get("org/m").unwrap().engine.clone();
+        let taken = async {
+            while engine.in_flight() < in_flight {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            response = &mut reply => break response.unwrap().unwrap(),
+            () = taken => open.push(reply),
+        }
+    };
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!(refused.headers().contains_key(header::RETRY_AFTER));
+    gate.open();
+    for reply in open {
+        assert_eq!(reply.await.unwrap().unwrap().status(), StatusCode::OK);
+    }
+    let (_, metrics) = api.get("/metrics").await;
+    assert!(
+        metrics.contains("neuron_request_rejected_total{model=\"org/m\",reason=\"queue_full\"} 1"),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn a_failure_mid_stream_is_an_error_event_and_no_done() {
+    let gate = Gate::closed_after(1);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::FailAfter(1))
+    };
+    let api = api_with(model, |_| {}).await;
+    let body = chat(json!({"stream": true, "max_tokens": 100})).to_string();
+    let response = api.send(Method::POST, CHAT, body, &[]).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    gate.open();
+    let stream = text(response).await;
+    assert!(!stream.contains("[DONE]"), "{stream}");
+    let last: Value = serde_json::from_str(events(&stream).last().unwrap()).unwrap();
+    assert_eq!(last["error"]["type"], "server_error", "{stream}");
+    let (status, reply) = api.post(CHAT, &chat(json!({}))).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reply}");
+    let (_, model) = api.get("/models/org/m").await;
+    assert!(
+        model.contains("\"state\":\"failed\"") && model.contains("planted"),
+        "{model}"
+    );
+}
+
+#[tokio::test]
+async fn a_failure_before_the_first_token_has_its_own_status() {
+    let api = api_with(FakeModel::new(Script::FailAfter(0)), |_| {}).await;
+    let (status, reply) = api.post(CHAT, &chat(json!({"stream": true}))).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reply}");
+}
+
+#[tokio::test]
+async fn dropping_the_body_ends_the_generation() {
+    let gate = Gate::closed_after(3);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let steps = model.steps.clone();
+    let api = api_with(model, |_| {}).await;
+    let body = chat(json!({"stream": true, "max_tokens": 3000})).to_string();
+    let response = api.send(Method::POST, CHAT, body, &[]).await;
+    let mut pieces = response.into_body().into_data_stream();
+    assert!(pieces.next().await.is_some());
+    drop(pieces);
+    gate.open();
+    api.state.residency.close().await;
+    let steps = steps.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(steps <= 5, "{steps} steps");
+}
+
+#[tokio::test]
+async fn the_metrics_move() {
+    let api = api().await;
+    api.post(CHAT, &chat(json!({}))).await;
+    let (_, metrics) = api.get("/metrics").await;
+    for line in [
+        "neuron_generation_tokens_total{model=\"org/m\"} 8",
+        "neuron_request_success_total{finished_reason=\"length\",model=\"org/m\"} 1",
+        "neuron_time_to_first_token_seconds_count{model=\"org/m\"} 1",
+        "neuron_inter_token_latency_seconds_count{model=\"org/m\"} 7",
+        "neuron_e2e_request_latency_seconds_count{model=\"org/m\"} 1",
+        "neuron_model_load_seconds_count{model=\"org/m\",outcome=\"loaded\"} 1",
+        "neuron_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"} 1",
+        "neuron_step_tokens_total{kind=\"decode\",model=\"org/m\"} 7",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+}

@@ -1,0 +1,177 @@
+//! A model for tests: its next token is a fixed function of the tokens so far, or what the test scripted.
+
+use crate::memory::{LayerState, SequenceState};
+use crate::model::{Batch, CausalLm, LogitRows, ModelError};
+use candle_core::{Device, Tensor};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// Entries of a row of logits: more than the tiny tokenizer's 512, as in real models.
+pub(crate) const VOCAB: usize = 520;
+
+/// What the next token is.
+#[derive(Clone)]
+pub(crate) enum Script {
+    /// A hash of all tokens so far chooses smooth logits.
+    Hash,
+    /// After the first `prompt` tokens, these, and then the last of them for ever.
+    Say { prompt: usize, tokens: Vec<u32> },
+    /// Like `Hash`, but NaN for sequences that begin with this token.
+    NanFor(u32),
+    /// The step after so many fails.
+    FailAfter(usize),
+    /// The step after so many panics.
+    PanicAfter(usize),
+}
+
+/// Lets a test hold the model at the beginning of each step.
+#[derive(Default)]
+pub(crate) struct Gate {
+    steps: Mutex<Option<usize>>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// A gate that lets `steps` steps through.
+    pub(crate) fn closed_after(steps: usize) -> Arc<Self> {
+        Arc::new(Self {
+            steps: Mutex::new(Some(steps)),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Lets `steps` more steps through.
+    pub(crate) fn let_through(&self, steps: usize) {
+        if let Some(left) = self.steps.lock().unwrap().as_mut() {
+            *left += steps;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Lets everything through.
+    pub(crate) fn open(&self) {
+        *self.steps.lock().unwrap() = None;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut steps = self.steps.lock().unwrap();
+        loop {
+            match steps.as_mut() {
+                None => return,
+                Some(0) => steps = self.changed.wait(steps).unwrap(),
+                Some(left) => {
+                    *left -= 1;
+                    return;
+                }
+            }
+        }
+    }
+}
+
+pub(crate) struct FakeModel {
+    pub(crate) script: Script,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) context: usize,
+    /// Steps run so far.
+    pub(crate) steps: Arc<AtomicUsize>,
+    /// Hangs up when the model is dropped.
+    #[expect(dead_code, reason = "held to hang up, never used")]
+    pub(crate) dropped: Option<std::sync::mpsc::Sender<()>>,
+}
+
+impl FakeModel {
+    pub(crate) fn new(script: Script) -> Self {
+        Self {
+            script,
+            gate: Arc::default(),
+            context: 4096,
+            steps: Arc::default(),
+            dropped: None,
+        }
+    }
+
+    fn row(&self, tokens: &[u32]) -> Vec<f32> {
+        let mut row = vec![0.0; VOCAB];
+        if let Script::Say {
+            prompt,
+            tokens: say,
+        } = &self.script
+        {
+            let next = say[(tokens.len() - prompt).min(say.len() - 1)];
+            row[next as usize] = 50.0;
+            return row;
+        }
+        if matches!(self.script, Script::NanFor(first) if tokens[0] == first) {
+            return vec![f32::NAN; VOCAB];
+        }
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for token in tokens {
+            hash = (hash ^ u64::from(*token)).wrapping_mul(0x0100_0000_01b3);
+        }
+        for (id, value) in row.iter_mut().enumerate() {
+            let mixed = (hash ^ (id as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+                .wrapping_mul(0xff51_afd7_ed55_8ccd);
+            *value = (mixed >> 40) as f32 / (1 << 22) as f32;
+        }
+        // Nothing that ends or is special, and the tail is the likeliest of all: it must never be sampled.
+        row[479..512].fill(-10.0);
+        row[512..].fill(100.0);
+        row
+    }
+}
+
+impl CausalLm for FakeModel {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
+    fn context_length(&self) -> usize {
+        self.context
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        1000
+    }
+
+    fn state_bytes(&self, tokens: usize) -> u64 {
+        tokens as u64
+    }
+
+    fn new_state(&self) -> Result<SequenceState, ModelError> {
+        Ok(SequenceState::of_fake())
+    }
+
+    fn forward(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> Result<Tensor, ModelError> {
+        self.gate.pass();
+        let step = self.steps.fetch_add(1, Ordering::SeqCst);
+        match self.script {
+            Script::FailAfter(steps) if step >= steps => {
+                return Err(candle_core::Error::Msg("a planted fault".into()).into());
+            }
+            Script::PanicAfter(steps) if step >= steps => panic!("a planted panic"),
+            _ => {}
+        }
+        let mut rows = Vec::new();
+        for segment in &batch.segments {
+            let LayerState::Delta(state) = &mut states[segment.state].layers[0] else {
+                unreachable!("the fake makes its own states");
+            };
+            let seen = &mut state.recurrent;
+            for (at, &token) in batch.ids[segment.rows.clone()].iter().enumerate() {
+                seen.push(token as f32);
+                let last = at + 1 == segment.rows.len();
+                if segment.logits == LogitRows::All || (segment.logits == LogitRows::Last && last) {
+                    let seen: Vec<u32> = seen.iter().map(|token| *token as u32).collect();
+                    rows.extend(self.row(&seen));
+                }
+            }
+        }
+        let count = rows.len() / VOCAB;
+        Ok(Tensor::from_vec(rows, (count, VOCAB), &Device::Cpu)?)
+    }
+}

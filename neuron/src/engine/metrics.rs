@@ -1,0 +1,218 @@
+//! What the engines tell Prometheus. Names follow vLLM's with our prefix, so that its dashboards carry over.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
+
+/// The families, with a label for the model.
+#[derive(Debug, Clone)]
+pub struct EngineMetrics {
+    running: IntGaugeVec,
+    waiting: IntGaugeVec,
+    queue: HistogramVec,
+    first_token: HistogramVec,
+    inter_token: HistogramVec,
+    whole: HistogramVec,
+    prompt_tokens: IntCounterVec,
+    generation_tokens: IntCounterVec,
+    success: IntCounterVec,
+    failed: IntCounterVec,
+    rejected: IntCounterVec,
+    cancelled: IntCounterVec,
+    preemptions: IntCounterVec,
+    steps: HistogramVec,
+    step_tokens: IntCounterVec,
+}
+
+/// The families of one model.
+#[derive(Debug, Clone)]
+pub struct ModelMetrics {
+    model: String,
+    all: EngineMetrics,
+    /// Sequences with a state.
+    pub running: IntGauge,
+    /// Requests that have not begun.
+    pub waiting: IntGauge,
+    /// From arrival to the first step.
+    pub queue: Histogram,
+    /// From arrival to the first token.
+    pub first_token: Histogram,
+    /// Between two tokens of one answer.
+    pub inter_token: Histogram,
+    /// From arrival to the end.
+    pub whole: Histogram,
+    /// Prompt tokens of requests that began.
+    pub prompt_tokens: IntCounter,
+    /// Tokens sampled.
+    pub generation_tokens: IntCounter,
+    /// Sequences set back to make room.
+    pub preemptions: IntCounter,
+}
+
+const SECONDS: [f64; 16] = [
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+impl EngineMetrics {
+    /// Registers the families.
+    ///
+    /// # Panics
+    /// When they are registered twice in one registry.
+    #[must_use]
+    pub fn register(registry: &Registry) -> Self {
+        let gauge = |name: &str, help: &str| {
+            add(
+                registry,
+                IntGaugeVec::new(Opts::new(name, help), &["model"]),
+            )
+        };
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            add(registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let seconds = |name: &str, help: &str, labels: &[&str]| {
+            let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+            add(registry, HistogramVec::new(options, labels))
+        };
+        Self {
+            running: gauge("neuron_requests_running", "Sequences that hold a state."),
+            waiting: gauge("neuron_requests_waiting", "Requests that have not begun."),
+            queue: seconds(
+                "neuron_request_queue_time_seconds",
+                "From a request's arrival to its first step.",
+                &["model"],
+            ),
+            first_token: seconds(
+                "neuron_time_to_first_token_seconds",
+                "From a request's arrival to its first token.",
+                &["model"],
+            ),
+            inter_token: seconds(
+                "neuron_inter_token_latency_seconds",
+                "Between two tokens of one answer.",
+                &["model"],
+            ),
+            whole: seconds(
+                "neuron_e2e_request_latency_seconds",
+                "From a request's arrival to its end.",
+                &["model"],
+            ),
+            prompt_tokens: counter(
+                "neuron_prompt_tokens_total",
+                "Prompt tokens of requests that began.",
+                &["model"],
+            ),
+            generation_tokens: counter(
+                "neuron_generation_tokens_total",
+                "Tokens sampled.",
+                &["model"],
+            ),
+            success: counter(
+                "neuron_request_success_total",
+                "Requests answered, by why the answer ended.",
+                &["model", "finished_reason"],
+            ),
+            failed: counter(
+                "neuron_request_failed_total",
+                "Requests that ended in an error after they were taken.",
+                &["model", "reason"],
+            ),
+            rejected: counter(
+                "neuron_request_rejected_total",
+                "Requests that were not taken.",
+                &["model", "reason"],
+            ),
+            cancelled: counter(
+                "neuron_cancelled_total",
+                "Requests whose client left, by what they were doing.",
+                &["model", "phase"],
+            ),
+            preemptions: counter(
+                "neuron_preemptions_total",
+                "Sequences set back to make room for older ones.",
+                &["model"],
+            ),
+            steps: seconds(
+                "neuron_step_seconds",
+                "One step of the model: decode, prefill or mixed.",
+                &["model", "kind"],
+            ),
+            step_tokens: counter(
+                "neuron_step_tokens_total",
+                "Rows the model computed, by kind.",
+                &["model", "kind"],
+            ),
+        }
+    }
+
+    /// The families of `model`.
+    #[must_use]
+    pub fn of(&self, model: &str) -> ModelMetrics {
+        let label = &[model];
+        ModelMetrics {
+            model: model.to_owned(),
+            all: self.clone(),
+            running: self.running.with_label_values(label),
+            waiting: self.waiting.with_label_values(label),
+            queue: self.queue.with_label_values(label),
+            first_token: self.first_token.with_label_values(label),
+            inter_token: self.inter_token.with_label_values(label),
+            whole: self.whole.with_label_values(label),
+            prompt_tokens: self.prompt_tokens.with_label_values(label),
+            generation_tokens: self.generation_tokens.with_label_values(label),
+            preemptions: self.preemptions.with_label_values(label),
+        }
+    }
+}
+
+impl ModelMetrics {
+    /// A request was answered.
+    pub fn success(&self, reason: &str) {
+        self.count(&self.all.success, reason, 1);
+    }
+
+    /// A request that had been taken ended in an error.
+    pub fn failed(&self, reason: &str) {
+        self.count(&self.all.failed, reason, 1);
+    }
+
+    /// A request was not taken.
+    pub fn rejected(&self, reason: &str) {
+        self.count(&self.all.rejected, reason, 1);
+    }
+
+    /// A client left.
+    pub fn cancelled(&self, phase: &str) {
+        self.count(&self.all.cancelled, phase, 1);
+    }
+
+    /// A step over `decode` rows of writing sequences and `prefill` rows of prompts took `seconds`.
+    pub fn step(&self, decode: usize, prefill: usize, seconds: f64) {
+        let kind = match (decode, prefill) {
+            (_, 0) => "decode",
+            (0, _) => "prefill",
+            _ => "mixed",
+        };
+        self.all
+            .steps
+            .with_label_values(&[self.model.as_str(), kind])
+            .observe(seconds);
+        self.count(&self.all.step_tokens, "decode", decode as u64);
+        self.count(&self.all.step_tokens, "prefill", prefill as u64);
+    }
+
+    fn count(&self, family: &IntCounterVec, label: &str, by: u64) {
+        family
+            .with_label_values(&[self.model.as_str(), label])
+            .inc_by(by);
+    }
+}
+
+fn add<C: Collector + Clone + 'static>(registry: &Registry, family: prometheus::Result<C>) -> C {
+    let family = family.expect("names and labels are valid constants");
+    registry
+        .register(Box::new(family.clone()))
+        .expect("each family is registered once");
+    family
+}

@@ -1,0 +1,212 @@
+//! What goes into the engine, what comes out, and the thread between: a bounded channel whose reader may be slow or leave.
+
+use super::Command;
+use super::sampler::SamplingParams;
+use super::sequence::SequenceId;
+use crate::text::output::{Delta, Output};
+use protocol::chat::FinishReason;
+use protocol::usage::{Timings, Usage};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, oneshot};
+
+/// Deltas that may wait for a reader before its sequence is paused.
+const CAPACITY: usize = 64;
+
+/// A complete, checked request: only `api` builds one, and the engine has nothing to refuse in it.
+#[derive(Debug)]
+pub struct Request {
+    /// The id it is logged under.
+    pub id: String,
+    /// At least one token, and fewer than the context.
+    pub prompt: Vec<u32>,
+    /// At least one; prompt and answer together fit the context.
+    pub max_tokens: usize,
+    /// How to choose tokens.
+    pub sampling: SamplingParams,
+    /// What becomes of them.
+    pub output: Output,
+    /// When it fails, done or not.
+    pub deadline: Instant,
+}
+
+/// What a request's reader is told next.
+#[derive(Debug)]
+pub enum Event {
+    /// A piece of the answer.
+    Delta(Delta),
+    /// The end: exactly one, after every delta.
+    End(Result<Finish, EngineError>),
+}
+
+/// How an answer ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// The stop string that ended it.
+    pub stop_string: Option<String>,
+    /// Tokens in and out.
+    pub usage: Usage,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// A request that was taken could not be finished.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The device or the model failed; the engine takes no more requests.
+    #[error("the model failed: {0}")]
+    Fault(String),
+    /// This request's logits were no numbers.
+    #[error("{0}")]
+    Sampling(#[from] super::sampler::NotANumber),
+    /// It took longer than the configured deadline.
+    #[error("the request was not done within its deadline")]
+    Deadline,
+    /// Its reader took nothing for too long.
+    #[error("the reader of the answer took nothing for too long")]
+    SlowReader,
+    /// The model was unloaded or the daemon stopped before the answer was done.
+    #[error("the model was unloaded before the answer was done")]
+    Stopped,
+    /// The engine's thread ended without a word.
+    #[error("the engine is gone")]
+    Gone,
+}
+
+impl EngineError {
+    /// A word for metrics.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Fault(_) => "fault",
+            Self::Sampling(_) => "sampling",
+            Self::Deadline => "deadline",
+            Self::SlowReader => "slow_reader",
+            Self::Stopped => "stopped",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+/// The reader's side of a request. Dropping it cancels the request, whether it streams or not.
+#[derive(Debug)]
+pub struct Events {
+    id: SequenceId,
+    deltas: mpsc::Receiver<Delta>,
+    end: Option<oneshot::Receiver<Result<Finish, EngineError>>>,
+    behind: Arc<AtomicBool>,
+    engine: Sender<Command>,
+}
+
+impl Events {
+    /// The next event; none after the end.
+    pub async fn next(&mut self) -> Option<Event> {
+        if let Some(delta) = self.deltas.recv().await {
+            return Some(self.took(delta));
+        }
+        // The channel is closed only when the end is set or the engine is gone. The receiver is given up after
+        // the wait, so that a wait that is dropped half-way loses nothing.
+        let end = self.end.as_mut()?.await.unwrap_or(Err(EngineError::Gone));
+        self.end = None;
+        Some(Event::End(end))
+    }
+
+    /// A delta that is there already.
+    pub fn try_next(&mut self) -> Option<Delta> {
+        match self.deltas.try_recv().ok().map(|delta| self.took(delta)) {
+            Some(Event::Delta(delta)) => Some(delta),
+            _ => None,
+        }
+    }
+
+    fn took(&self, delta: Delta) -> Event {
+        if self.behind.swap(false, Ordering::AcqRel) {
+            // An engine that is gone needs no telling.
+            let _ = self.engine.send(Command::Resume(self.id));
+        }
+        Event::Delta(delta)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if self.end.is_some() {
+            let _ = self.engine.send(Command::Cancel(self.id));
+        }
+    }
+}
+
+/// The engine's side of a request. Never blocks: what the reader has no room for waits here.
+#[derive(Debug)]
+pub(super) struct Sink {
+    deltas: mpsc::Sender<Delta>,
+    end: oneshot::Sender<Result<Finish, EngineError>>,
+    backlog: VecDeque<Delta>,
+    behind: Arc<AtomicBool>,
+}
+
+pub(super) fn channel(id: SequenceId, engine: Sender<Command>) -> (Sink, Events) {
+    let (deltas, receiver) = mpsc::channel(CAPACITY);
+    let (end, end_receiver) = oneshot::channel();
+    let behind = Arc::new(AtomicBool::new(false));
+    let sink = Sink {
+        deltas,
+        end,
+        backlog: VecDeque::new(),
+        behind: behind.clone(),
+    };
+    let events = Events {
+        id,
+        deltas: receiver,
+        end: Some(end_receiver),
+        behind,
+        engine,
+    };
+    (sink, events)
+}
+
+impl Sink {
+    /// Hands `delta` on, or keeps it until the reader has room.
+    pub(super) fn send(&mut self, delta: Delta) {
+        self.backlog.push_back(delta);
+        self.flush();
+    }
+
+    /// Hands on what the reader has room for; true when nothing is left.
+    pub(super) fn flush(&mut self) -> bool {
+        while let Some(delta) = self.backlog.pop_front() {
+            let Err(refused) = self.deltas.try_send(delta) else {
+                continue;
+            };
+            let TrySendError::Full(delta) = refused else {
+                // The reader left; the cancel that says so is on its way.
+                self.backlog.clear();
+                return true;
+            };
+            self.backlog.push_front(delta);
+            // Ask to be told of room, then look once more: the reader may have made some in between.
+            if self.behind.swap(true, Ordering::AcqRel) || self.deltas.capacity() == 0 {
+                return false;
+            }
+            self.behind.store(false, Ordering::Release);
+        }
+        true
+    }
+
+    /// True when the reader is behind.
+    pub(super) fn is_behind(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
+    /// The end. What the reader had no room for is lost: flush first where that matters.
+    pub(super) fn end(self, end: Result<Finish, EngineError>) {
+        // A reader that left needs no end.
+        let _ = self.end.send(end);
+    }
+}

@@ -1,0 +1,49 @@
+//! One request as the scheduler sees it: tokens and how far they are computed. No tensor, no text.
+
+/// Names a sequence within its engine; rises with arrival and is never used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// Where a sequence stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SequenceStatus {
+    /// Not begun, or set back to make room: it holds no state.
+    Waiting,
+    /// Has a state and is computed in every step it fits in.
+    Running,
+    /// Has a state, but its reader is behind: not computed until that is over.
+    Paused,
+}
+
+/// The tokens of one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sequence {
+    /// Its name.
+    pub id: SequenceId,
+    /// Prompt, then what was sampled.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` the state has taken in.
+    pub computed: usize,
+    /// Where it stands.
+    pub status: SequenceStatus,
+}
+
+impl Sequence {
+    /// A sequence that has not begun. `prompt` must not be empty.
+    #[must_use]
+    pub fn new(id: SequenceId, prompt: Vec<u32>) -> Self {
+        debug_assert!(!prompt.is_empty(), "the api refuses empty prompts");
+        Self {
+            id,
+            tokens: prompt,
+            computed: 0,
+            status: SequenceStatus::Waiting,
+        }
+    }
+
+    /// Tokens the state has still to take in before the next can be sampled: one while it is writing.
+    #[must_use]
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}

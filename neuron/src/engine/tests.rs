@@ -1,0 +1,390 @@
+//! The engine with a fake model: what every request may rely on.
+
+use super::fake::{FakeModel, Gate, Script};
+use super::metrics::EngineMetrics;
+use super::request::{EngineError, Event, Events, Finish, Request};
+use super::sampler::SamplingParams;
+use super::scheduler::Bounds;
+use super::{AdmissionLimits, Engine, EngineConfig, Rejected};
+use crate::text::output::{Delta, Output, OutputOptions};
+use crate::text::tokenizer::Tokenizer;
+use crate::text::tokenizer::tests::tiny;
+use protocol::chat::FinishReason;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+const EOS: u32 = 481;
+
+struct Bench {
+    engine: Engine,
+    tokenizer: Arc<Tokenizer>,
+}
+
+fn config() -> EngineConfig {
+    EngineConfig {
+        id: "m".into(),
+        eos: vec![EOS, 479],
+        vocab: 512,
+        admission: AdmissionLimits {
+            max_waiting: 100,
+            max_prompt_tokens: 10_000,
+        },
+        bounds: Bounds {
+            max_running: 8,
+            prefill_tokens: 16,
+            state_bytes: u64::MAX,
+        },
+        stall_limit: Duration::from_secs(3600),
+    }
+}
+
+fn bench_with(model: FakeModel, config: EngineConfig) -> Bench {
+    let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("m");
+    Bench {
+        engine: Engine::start(Box::new(model), config, metrics).unwrap(),
+        tokenizer: tiny(),
+    }
+}
+
+fn bench(script: Script) -> Bench {
+    bench_with(FakeModel::new(script), config())
+}
+
+impl Bench {
+    fn request(&self, prompt: &str, max_tokens: usize, sampling: SamplingParams) -> Request {
+        self.request_with(prompt, max_tokens, sampling, &[])
+    }
+
+    fn request_with(
+        &self,
+        prompt: &str,
+        max_tokens: usize,
+        sampling: SamplingParams,
+        stop: &[&str],
+    ) -> Request {
+        let options = OutputOptions {
+            stop: stop.iter().map(ToString::to_string).collect(),
+            ..OutputOptions::default()
+        };
+        Request {
+            id: "test".into(),
+            prompt: self.tokenizer.encode(prompt).unwrap(),
+            max_tokens,
+            sampling,
+            output: Output::new(self.tokenizer.clone(), options),
+            deadline: Instant::now() + Duration::from_secs(3600),
+        }
+    }
+
+    fn submit(&self, prompt: &str, max_tokens: usize, sampling: SamplingParams) -> Events {
+        self.engine
+            .submit(self.request(prompt, max_tokens, sampling))
+            .unwrap()
+    }
+}
+
+/// Everything a request gave: its text and its one end.
+async fn collect(events: &mut Events) -> (String, Result<Finish, EngineError>) {
+    let (mut text, mut end) = (String::new(), None);
+    while let Some(event) = events.next().await {
+        assert!(end.is_none(), "an event after the end: {event:?}");
+        match event {
+            Event::Delta(Delta::Content(piece)) => text.push_str(&piece),
+            Event::Delta(other) => panic!("unexpected {other:?}"),
+            Event::End(given) => end = Some(given),
+        }
+    }
+    (text, end.expect("every request has an end"))
+}
+
+async fn text_of(mut events: Events) -> String {
+    let (text, end) = collect(&mut events).await;
+    end.unwrap();
+    text
+}
+
+fn warm(seed: u64) -> SamplingParams {
+    SamplingParams::new(1.0, 0, 0.95, 0.0, seed).unwrap()
+}
+
+#[tokio::test]
+async fn a_request_gets_its_text_and_one_end_with_true_counts() {
+    let bench = bench(Script::Hash);
+    let mut events = bench.submit("Hello, world!", 20, SamplingParams::greedy());
+    let (text, end) = collect(&mut events).await;
+    let finish = end.unwrap();
+    assert!(!text.is_empty());
+    assert_eq!(finish.reason, FinishReason::Length);
+    assert_eq!(finish.usage.prompt_tokens, 10);
+    assert_eq!(finish.usage.completion_tokens, 20);
+    assert_eq!(finish.usage.total_tokens, 30);
+    assert!(events.next().await.is_none(), "nothing comes after the end");
+    assert_eq!(bench.engine.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_request_in_a_batch_gets_what_it_gets_alone() {
+    let prompts = [
+        "one",
+        "a much longer prompt than the others, over several steps of prefill",
+        "x y z",
+        "no",
+    ];
+    let mut alone = Vec::new();
+    for (seed, prompt) in prompts.iter().enumerate() {
+        let bench = bench(Script::Hash);
+        alone.push(text_of(bench.submit(prompt, 30, warm(seed as u64))).await);
+    }
+    let bench = bench(Script::Hash);
+    let together: Vec<Events> = prompts
+        .iter()
+        .enumerate()
+        .map(|(seed, prompt)| bench.submit(prompt, 30, warm(seed as u64)))
+        .collect();
+    for (events, alone) in together.into_iter().zip(alone) {
+        assert_eq!(text_of(events).await, alone);
+    }
+}
+
+#[tokio::test]
+async fn being_set_back_changes_no_text() {
+    let reference = bench(Script::Hash);
+    let mut tight = config();
+    tight.bounds.state_bytes = 160; // the fake's state holds a byte a token
+    let model = FakeModel::new(Script::Hash);
+    let steps = model.steps.clone();
+    let tight = bench_with(model, tight);
+    let both = [
+        tight.submit("a b c", 100, warm(1)),
+        tight.submit("d e f", 100, warm(2)),
+    ];
+    let prompts = ["a b c", "d e f"];
+    for (seed, (events, prompt)) in both.into_iter().zip(prompts).enumerate() {
+        let alone = text_of(reference.submit(prompt, 100, warm(seed as u64 + 1))).await;
+        assert_eq!(text_of(events).await, alone);
+    }
+    assert!(
+        steps.load(Ordering::SeqCst) > 110,
+        "the second was set back"
+    );
+}
+
+#[tokio::test]
+async fn a_seed_repeats_its_text_and_another_does_not() {
+    let bench = bench(Script::Hash);
+    let first = text_of(bench.submit("same", 30, warm(1))).await;
+    let second = text_of(bench.submit("same", 30, warm(1))).await;
+    let third = text_of(bench.submit("same", 30, warm(2))).await;
+    assert_eq!(first, second);
+    assert_ne!(first, third);
+}
+
+#[tokio::test]
+async fn every_eos_ends_the_answer_and_is_counted_but_not_shown() {
+    let tokenizer = tiny();
+    let mut tokens = tokenizer.encode("fine").unwrap();
+    for eos in [EOS, 479] {
+        tokens.push(eos);
+        let prompt = tokenizer.encode("how").unwrap().len();
+        let bench = bench(Script::Say {
+            prompt,
+            tokens: tokens.clone(),
+        });
+        let (text, end) = collect(&mut bench.submit("how", 50, SamplingParams::greedy())).await;
+        let finish = end.unwrap();
+        assert_eq!(text, "fine");
+        assert_eq!(finish.reason, FinishReason::Stop);
+        assert_eq!(finish.usage.completion_tokens, tokens.len() as u64);
+        tokens.pop();
+    }
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_the_answer_before_itself() {
+    let tokenizer = tiny();
+    let prompt = tokenizer.encode("how").unwrap().len();
+    let bench = bench(Script::Say {
+        prompt,
+        tokens: tokenizer.encode("one two three four").unwrap(),
+    });
+    let request = bench.request_with("how", 50, SamplingParams::greedy(), &["wo th"]);
+    let (text, end) = collect(&mut bench.engine.submit(request).unwrap()).await;
+    let finish = end.unwrap();
+    assert_eq!(text, "one t");
+    assert_eq!(finish.reason, FinishReason::Stop);
+    assert_eq!(finish.stop_string.as_deref(), Some("wo th"));
+}
+
+#[tokio::test]
+async fn a_reader_that_leaves_frees_its_sequence_within_a_step() {
+    let gate = Gate::closed_after(2);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let steps = model.steps.clone();
+    let bench = bench_with(model, config());
+    let mut events = bench.submit("Hello", 1000, SamplingParams::greedy());
+    assert!(events.next().await.is_some());
+    drop(events);
+    gate.open();
+    // Draining ends as soon as nothing is left to do: it would take 1000 steps if the request went on.
+    bench.engine.drain(Duration::from_secs(60)).await;
+    assert_eq!(bench.engine.in_flight(), 0);
+    assert!(steps.load(Ordering::SeqCst) <= 4, "{steps:?}");
+}
+
+#[tokio::test]
+async fn a_waiting_request_is_cancelled_too() {
+    let gate = Gate::closed_after(0);
+    let mut one = config();
+    one.bounds.max_running = 1;
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let bench = bench_with(model, one);
+    let first = bench.submit("Hello", 3, SamplingParams::greedy());
+    let second = bench.submit("Hello", 3, SamplingParams::greedy());
+    drop(second);
+    gate.open();
+    text_of(first).await;
+    bench.engine.drain(Duration::from_secs(60)).await;
+    assert_eq!(bench.engine.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_slow_reader_is_paused_and_loses_nothing() {
+    let reference = bench(Script::Hash);
+    let expected = text_of(reference.submit("Hello", 500, SamplingParams::greedy())).await;
+    let bench = bench(Script::Hash);
+    let mut slow = bench.submit("Hello", 500, SamplingParams::greedy());
+    // While nobody reads the slow one, another is served to its end.
+    let quick = text_of(bench.submit("Hello", 500, SamplingParams::greedy())).await;
+    assert_eq!(quick, expected);
+    let (text, end) = collect(&mut slow).await;
+    assert_eq!(text, expected);
+    assert_eq!(end.unwrap().usage.completion_tokens, 500);
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_nothing_is_cut() {
+    let mut strict = config();
+    strict.stall_limit = Duration::ZERO;
+    let bench = bench_with(FakeModel::new(Script::Hash), strict);
+    let mut slow = bench.submit("Hello", 4000, SamplingParams::greedy());
+    bench.engine.drain(Duration::from_secs(60)).await;
+    let (_, end) = collect(&mut slow).await;
+    assert_eq!(end.unwrap_err(), EngineError::SlowReader);
+}
+
+#[tokio::test]
+async fn a_fault_ends_every_request_at_once_and_closes_the_door() {
+    for script in [Script::FailAfter(3), Script::PanicAfter(3)] {
+        let gate = Gate::closed_after(0);
+        let model = FakeModel {
+            gate: gate.clone(),
+            ..FakeModel::new(script)
+        };
+        let bench = bench_with(model, config());
+        let mut all: Vec<Events> = (0..3)
+            .map(|_| bench.submit("Hello", 100, SamplingParams::greedy()))
+            .collect();
+        gate.open();
+        for events in &mut all {
+            let (_, end) = collect(events).await;
+            let error = end.unwrap_err();
+            assert!(
+                matches!(&error, EngineError::Fault(reason) if reason.contains("planted")),
+                "{error:?}"
+            );
+        }
+        bench.engine.drain(Duration::from_secs(60)).await;
+        assert!(bench.engine.fault().unwrap().contains("planted"));
+        let again = bench.request("Hello", 1, SamplingParams::greedy());
+        assert_eq!(bench.engine.submit(again).unwrap_err(), Rejected::Closed);
+        assert_eq!(bench.engine.in_flight(), 0);
+    }
+}
+
+#[tokio::test]
+async fn logits_that_are_no_numbers_fail_one_request_alone() {
+    let tokenizer = tiny();
+    let bad = tokenizer.encode("bad").unwrap()[0];
+    let bench = bench(Script::NanFor(bad));
+    let mut good = bench.submit("Hello", 10, SamplingParams::greedy());
+    let mut poisoned = bench.submit("bad", 10, SamplingParams::greedy());
+    assert!(matches!(
+        collect(&mut poisoned).await.1,
+        Err(EngineError::Sampling(_))
+    ));
+    assert!(collect(&mut good).await.1.is_ok());
+}
+
+#[tokio::test]
+async fn a_deadline_ends_a_request_that_waits() {
+    let gate = Gate::closed_after(1);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let bench = bench_with(model, config());
+    let mut request = bench.request("Hello", 100, SamplingParams::greedy());
+    request.deadline = Instant::now();
+    let mut events = bench.engine.submit(request).unwrap();
+    assert_eq!(
+        collect(&mut events).await.1.unwrap_err(),
+        EngineError::Deadline
+    );
+}
+
+#[tokio::test]
+async fn draining_finishes_what_runs_and_frees_the_model() {
+    let (dropped, is_dropped) = std::sync::mpsc::channel::<()>();
+    let model = FakeModel {
+        dropped: Some(dropped),
+        ..FakeModel::new(Script::Hash)
+    };
+    let bench = bench_with(model, config());
+    let events = bench.submit("Hello", 50, SamplingParams::greedy());
+    let reader = tokio::spawn(text_of(events));
+    bench.engine.drain(Duration::from_secs(60)).await;
+    assert!(!reader.await.unwrap().is_empty());
+    assert!(is_dropped.recv().is_err(), "the model is freed");
+    let late = bench.request("Hello", 1, SamplingParams::greedy());
+    assert_eq!(bench.engine.submit(late).unwrap_err(), Rejected::Closed);
+}
+
+#[tokio::test]
+async fn a_drain_that_takes_too_long_cuts_what_is_left() {
+    let gate = Gate::closed_after(1);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let bench = bench_with(model, config());
+    let mut events = bench.submit("Hello", 3000, SamplingParams::greedy());
+    let first = events.next().await;
+    assert!(matches!(first, Some(Event::Delta(_))));
+    let engine = bench.engine.clone();
+    let drain = tokio::spawn(async move { engine.drain(Duration::ZERO).await });
+    tokio::task::yield_now().await;
+    gate.let_through(1);
+    gate.open();
+    drain.await.unwrap();
+    assert_eq!(
+        collect(&mut events).await.1.unwrap_err(),
+        EngineError::Stopped
+    );
+}
+
+#[tokio::test]
+async fn the_tail_past_the_tokenizer_is_never_sampled() {
+    // The fake makes the ids past the vocabulary the likeliest of all.
+    let bench = bench(Script::Hash);
+    for seed in 0..5 {
+        let (_, end) = collect(&mut bench.submit("Hello", 40, warm(seed))).await;
+        assert_eq!(end.unwrap().usage.completion_tokens, 40);
+    }
+}

@@ -1,0 +1,464 @@
+//! The engine's thread: inbox → plan → run → commit → emit, until it is told to end.
+
+use super::admission::Ticket;
+use super::metrics::ModelMetrics;
+use super::plan::Plan;
+use super::request::{EngineError, Finish, Request, Sink};
+use super::runner::{Logits, ModelRunner};
+use super::sampler::{SamplingParams, sample};
+use super::scheduler::Scheduler;
+use super::sequence::{Sequence, SequenceId};
+use super::{Command, EngineConfig};
+use crate::model::{CausalLm, ModelError};
+use crate::text::output::{Ending, Output};
+use protocol::chat::FinishReason;
+use protocol::usage::{CompletionTokensDetails, Timings, Usage};
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
+
+/// Everything the thread owns.
+pub(super) struct Worker {
+    config: EngineConfig,
+    metrics: ModelMetrics,
+    inbox: Receiver<Command>,
+    scheduler: Scheduler,
+    runner: ModelRunner,
+    lives: HashMap<SequenceId, Life>,
+    mode: Mode,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Serving,
+    Draining,
+    Stopped,
+}
+
+/// What belongs to a request beside its tokens.
+struct Life {
+    request_id: String,
+    sampling: SamplingParams,
+    output: Output,
+    sink: Sink,
+    ticket: Ticket,
+    prompt: u64,
+    max_tokens: u64,
+    generated: u64,
+    clock: Clock,
+    deadline: Instant,
+    /// Since when the reader has taken nothing.
+    behind_since: Option<Instant>,
+    /// Done, but the reader has not taken all of it yet.
+    finish: Option<Finish>,
+}
+
+struct Clock {
+    arrived: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        model: Box<dyn CausalLm>,
+        config: EngineConfig,
+        metrics: ModelMetrics,
+        inbox: Receiver<Command>,
+    ) -> Self {
+        Self {
+            scheduler: Scheduler::new(config.bounds),
+            runner: ModelRunner::new(model),
+            lives: HashMap::new(),
+            mode: Mode::Serving,
+            config,
+            metrics,
+            inbox,
+        }
+    }
+
+    /// Runs until told to end. On a fault every request is told and the reason returned.
+    pub(super) fn run(mut self) -> Result<(), String> {
+        // A panic in a kernel is a fault like any other: it must not leave clients waiting.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            while self.mode != Mode::Stopped {
+                self.tick()?;
+            }
+            Ok::<(), ModelError>(())
+        }));
+        let outcome = match outcome {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(panic) => Err(format!("the engine's thread panicked: {}", words(&*panic))),
+        };
+        let error = match &outcome {
+            Ok(()) => EngineError::Stopped,
+            Err(reason) => EngineError::Fault(reason.clone()),
+        };
+        for id in self.lives.keys().copied().collect::<Vec<_>>() {
+            self.fail(id, error.clone());
+        }
+        // Requests sent while the engine was ending are told too.
+        for command in self.inbox.try_iter() {
+            if let Command::Submit(_, _, sink, _) = command {
+                self.metrics.failed(error.reason());
+                sink.end(Err(error.clone()));
+            }
+        }
+        self.metrics.running.set(0);
+        outcome
+    }
+
+    fn tick(&mut self) -> Result<(), ModelError> {
+        self.drain_inbox();
+        self.expire(Instant::now());
+        let plan = self.plan();
+        if plan.is_empty() {
+            self.wait();
+            return Ok(());
+        }
+        let began = Instant::now();
+        let logits = self.runner.run(&plan, &self.scheduler)?;
+        let sampled = self.sample(&plan, &logits);
+        self.scheduler.commit(&plan, &sampled);
+        self.emit(&sampled);
+        let (decode, prefill) = plan.token_counts();
+        self.metrics
+            .step(decode, prefill, began.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn drain_inbox(&mut self) {
+        loop {
+            match self.inbox.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    // No handle is left, so no request can come; those here hold a sender each.
+                    self.mode = Mode::Stopped;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(id, request, sink, ticket) => self.take(id, *request, sink, ticket),
+            Command::Cancel(id) => self.cancel(id),
+            Command::Resume(id) => self.resume(id),
+            Command::Drain => self.mode = Mode::Draining,
+            Command::Stop => self.mode = Mode::Stopped,
+        }
+    }
+
+    fn take(&mut self, id: SequenceId, request: Request, sink: Sink, ticket: Ticket) {
+        let life = Life {
+            request_id: request.id,
+            sampling: request.sampling,
+            output: request.output,
+            sink,
+            ticket,
+            prompt: request.prompt.len() as u64,
+            max_tokens: request.max_tokens as u64,
+            generated: 0,
+            clock: Clock {
+                arrived: Instant::now(),
+                started: None,
+                first_token: None,
+                last_token: None,
+            },
+            deadline: request.deadline,
+            behind_since: None,
+            finish: None,
+        };
+        self.lives.insert(id, life);
+        self.scheduler.add(Sequence::new(id, request.prompt));
+    }
+
+    fn plan(&mut self) -> Plan {
+        let runner = &self.runner;
+        let plan = self.scheduler.plan(|tokens| runner.state_bytes(tokens));
+        for id in &plan.preempted {
+            self.runner.forget(*id);
+            self.metrics.preemptions.inc();
+        }
+        let now = Instant::now();
+        for id in &plan.started {
+            let Some(life) = self.lives.get_mut(id) else {
+                continue;
+            };
+            if life.clock.started.is_none() {
+                life.clock.started = Some(now);
+                life.ticket.start();
+                self.metrics
+                    .queue
+                    .observe((now - life.clock.arrived).as_secs_f64());
+                self.metrics.prompt_tokens.inc_by(life.prompt);
+            }
+        }
+        self.metrics
+            .running
+            .set(i64::try_from(self.scheduler.running_count()).unwrap_or(i64::MAX));
+        plan
+    }
+
+    /// The next token of every row that samples; a sequence whose logits are no numbers fails alone.
+    fn sample(&mut self, plan: &Plan, logits: &Logits) -> Vec<(SequenceId, u32)> {
+        let mut sampled = Vec::new();
+        let rows = plan.rows.iter().filter(|row| row.sample);
+        for (row, logits) in rows.zip(logits.rows()) {
+            let Some(life) = self.lives.get(&row.sequence) else {
+                continue;
+            };
+            let allowed = &logits[..self.config.vocab.min(logits.len())];
+            match sample(allowed, &life.sampling, life.generated) {
+                Ok(token) => sampled.push((row.sequence, token)),
+                Err(error) => self.fail(row.sequence, error.into()),
+            }
+        }
+        sampled
+    }
+
+    /// Tokens → text → reader; ends what is done.
+    fn emit(&mut self, sampled: &[(SequenceId, u32)]) {
+        let now = Instant::now();
+        self.metrics.generation_tokens.inc_by(sampled.len() as u64);
+        for &(id, token) in sampled {
+            let Some(life) = self.lives.get_mut(&id) else {
+                continue;
+            };
+            life.generated += 1;
+            match life.clock.last_token.replace(now) {
+                Some(last) => self.metrics.inter_token.observe((now - last).as_secs_f64()),
+                None => {
+                    life.clock.first_token = Some(now);
+                    self.metrics
+                        .first_token
+                        .observe((now - life.clock.arrived).as_secs_f64());
+                }
+            }
+            if let Some(finish) = life.advance(token, &self.config.eos) {
+                life.finish = Some(finish);
+                self.scheduler.remove(id);
+                self.runner.forget(id);
+            }
+            self.settle(id, now);
+        }
+    }
+
+    /// Pauses a sequence whose reader is behind, resumes it when that is over, ends it when it is done.
+    fn settle(&mut self, id: SequenceId, now: Instant) {
+        let Some(life) = self.lives.get_mut(&id) else {
+            return;
+        };
+        if life.sink.is_behind() {
+            life.behind_since.get_or_insert(now);
+            self.scheduler.pause(id);
+            return;
+        }
+        life.behind_since = None;
+        self.scheduler.resume(id);
+        if let Some(finish) = life.finish.take() {
+            self.finish(id, finish);
+        }
+    }
+
+    fn resume(&mut self, id: SequenceId) {
+        let Some(life) = self.lives.get_mut(&id) else {
+            return;
+        };
+        let now = Instant::now();
+        if !life.sink.flush() {
+            // It took something: the clock begins anew.
+            life.behind_since = Some(now);
+        }
+        self.settle(id, now);
+    }
+
+    fn finish(&mut self, id: SequenceId, finish: Finish) {
+        let Some(life) = self.release(id) else { return };
+        let reason = finish.reason.as_str();
+        self.metrics.success(reason);
+        self.metrics
+            .whole
+            .observe(life.clock.arrived.elapsed().as_secs_f64());
+        tracing::info!(
+            request = life.request_id,
+            model = self.config.id,
+            finish = reason,
+            prompt_tokens = life.prompt,
+            completion_tokens = life.generated,
+            queue_ms = finish.timings.queue_ms,
+            prefill_ms = finish.timings.prefill_ms,
+            decode_ms = finish.timings.decode_ms,
+            "answered"
+        );
+        // Not in flight any more when the reader learns of the end.
+        drop(life.ticket);
+        life.sink.end(Ok(finish));
+    }
+
+    fn fail(&mut self, id: SequenceId, error: EngineError) {
+        let Some(mut life) = self.release(id) else {
+            return;
+        };
+        self.metrics.failed(error.reason());
+        tracing::warn!(
+            request = life.request_id,
+            model = self.config.id,
+            completion_tokens = life.generated,
+            %error,
+            "request failed"
+        );
+        life.sink.flush();
+        drop(life.ticket);
+        life.sink.end(Err(error));
+    }
+
+    fn cancel(&mut self, id: SequenceId) {
+        let Some(life) = self.release(id) else { return };
+        let phase = match (life.clock.started, life.clock.first_token) {
+            (None, _) => "waiting",
+            (Some(_), None) => "prefill",
+            (Some(_), Some(_)) => "decode",
+        };
+        self.metrics.cancelled(phase);
+        tracing::info!(
+            request = life.request_id,
+            model = self.config.id,
+            phase,
+            completion_tokens = life.generated,
+            "client left"
+        );
+    }
+
+    /// Frees everything a request holds but its reader.
+    fn release(&mut self, id: SequenceId) -> Option<Life> {
+        self.scheduler.remove(id);
+        self.runner.forget(id);
+        self.lives.remove(&id)
+    }
+
+    /// Fails what is past its deadline, cuts readers that take nothing.
+    fn expire(&mut self, now: Instant) {
+        let stall_limit = self.config.stall_limit;
+        let expired: Vec<_> = self
+            .lives
+            .iter()
+            .filter_map(|(id, life)| {
+                if now >= life.deadline {
+                    return Some((*id, EngineError::Deadline));
+                }
+                let since = life.behind_since?;
+                (now - since >= stall_limit).then_some((*id, EngineError::SlowReader))
+            })
+            .collect();
+        for (id, error) in expired {
+            self.fail(id, error);
+        }
+    }
+
+    /// Nothing to compute: sleeps until told something or until something expires.
+    fn wait(&mut self) {
+        if self.mode == Mode::Draining && self.lives.is_empty() {
+            self.mode = Mode::Stopped;
+        }
+        if self.mode == Mode::Stopped {
+            return;
+        }
+        self.metrics.running.set(0);
+        let next_expiry = self
+            .lives
+            .values()
+            .flat_map(|life| {
+                let stalled = life
+                    .behind_since
+                    .map(|since| since + self.config.stall_limit);
+                [Some(life.deadline), stalled]
+            })
+            .flatten()
+            .min();
+        let received = match next_expiry {
+            Some(expiry) => {
+                let left = expiry.saturating_duration_since(Instant::now());
+                self.inbox.recv_timeout(left)
+            }
+            None => self
+                .inbox
+                .recv()
+                .map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match received {
+            Ok(command) => self.obey(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.mode = Mode::Stopped,
+        }
+    }
+}
+
+impl Life {
+    /// Takes a sampled token in, and says whether it was the last.
+    fn advance(&mut self, token: u32, eos: &[u32]) -> Option<Finish> {
+        let mut deltas = Vec::new();
+        let ended = if eos.contains(&token) {
+            self.output.finish(&mut deltas);
+            Some((FinishReason::Stop, None))
+        } else {
+            match self.output.push(token, &mut deltas) {
+                Some(Ending::StopString(stop)) => Some((FinishReason::Stop, Some(stop))),
+                Some(Ending::OneCall) => Some((FinishReason::Stop, None)),
+                None if self.generated >= self.max_tokens => {
+                    self.output.finish(&mut deltas);
+                    Some((FinishReason::Length, None))
+                }
+                None => None,
+            }
+        };
+        for delta in deltas {
+            self.sink.send(delta);
+        }
+        let (reason, stop_string) = ended?;
+        let called = reason == FinishReason::Stop && self.output.calls() > 0;
+        Some(Finish {
+            reason: if called {
+                FinishReason::ToolCalls
+            } else {
+                reason
+            },
+            stop_string,
+            usage: Usage {
+                completion_tokens_details: Some(CompletionTokensDetails {
+                    reasoning_tokens: self.output.reasoning_tokens(),
+                }),
+                ..Usage::new(self.prompt, self.generated)
+            },
+            timings: self.clock.timings(),
+        })
+    }
+}
+
+impl Clock {
+    fn timings(&self) -> Timings {
+        let between = |from: Option<Instant>, to: Option<Instant>| {
+            let (from, to) = from.zip(to).unwrap_or((self.arrived, self.arrived));
+            let span: Duration = to.saturating_duration_since(from);
+            (span.as_secs_f64() * 1e6).round() / 1e3
+        };
+        Timings {
+            queue_ms: between(Some(self.arrived), self.started),
+            prefill_ms: between(self.started, self.first_token),
+            decode_ms: between(self.first_token, self.last_token),
+        }
+    }
+}
+
+fn words(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}

@@ -1,0 +1,192 @@
+//! Refuses a load early, before minutes are spent on it.
+
+use super::folder::{FolderError, read_config, read_json};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// A load that cannot succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum PreflightError {
+    /// A file is missing or broken.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// There are no weights.
+    #[error("{folder} has no {file}; fetch the weights as safetensors")]
+    NoWeights {
+        /// The folder.
+        folder: PathBuf,
+        /// The file that should be there.
+        file: String,
+    },
+    /// There is not enough memory.
+    #[error(
+        "{folder} needs {} in memory and {} are free; unload another model or use a smaller one",
+        show(*need),
+        show(*free)
+    )]
+    NoRoom {
+        /// The folder.
+        folder: PathBuf,
+        /// Bytes of weights.
+        need: u64,
+        /// Bytes free.
+        free: u64,
+    },
+    /// The weights fit, but the state of one sequence of full length does not.
+    #[error(
+        "{folder}: a sequence of {context} tokens needs {} beside the weights and {} are free; set context_length to {fits} or less",
+        show(*need),
+        show(*free)
+    )]
+    ContextTooLong {
+        /// The folder.
+        folder: PathBuf,
+        /// The context it would have.
+        context: u64,
+        /// Bytes of its state.
+        need: u64,
+        /// Bytes free.
+        free: u64,
+        /// The longest that fits.
+        fits: u64,
+    },
+}
+
+/// Bytes for a person.
+fn show(bytes: u64) -> String {
+    const STEPS: [(u64, &str); 3] = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
+    for (size, unit) in STEPS {
+        if bytes >= size {
+            return format!("{:.1} {unit}", bytes as f64 / size as f64);
+        }
+    }
+    format!("{bytes} bytes")
+}
+
+/// Checks that the weights of `folder` are there and fit into `free` bytes.
+///
+/// # Errors
+/// The first reason why a load would fail.
+pub fn check(folder: &Path, free: Option<u64>) -> Result<(), PreflightError> {
+    let config = read_config(folder)?;
+    let mut bytes = 0;
+    for file in weight_files(folder)? {
+        let size =
+            std::fs::metadata(folder.join(&file)).map_err(|_| PreflightError::NoWeights {
+                folder: folder.into(),
+                file,
+            })?;
+        bytes += size.len();
+    }
+    let need = bytes * widening(&config);
+    match free {
+        Some(free) if need > free => Err(PreflightError::NoRoom {
+            folder: folder.into(),
+            need,
+            free,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Checks that one sequence of `context` tokens fits into `free` bytes.
+///
+/// # Errors
+/// [`PreflightError::ContextTooLong`].
+pub fn check_context(
+    folder: &Path,
+    context: usize,
+    free: u64,
+    state_bytes: impl Fn(usize) -> u64,
+) -> Result<(), PreflightError> {
+    let need = state_bytes(context);
+    if need <= free {
+        return Ok(());
+    }
+    let (mut fits, mut too_long) = (0, context);
+    while too_long - fits > 1 {
+        let middle = fits + (too_long - fits) / 2;
+        if state_bytes(middle) <= free {
+            fits = middle;
+        } else {
+            too_long = middle;
+        }
+    }
+    Err(PreflightError::ContextTooLong {
+        folder: folder.into(),
+        context: context as u64,
+        need,
+        free,
+        fits: fits as u64,
+    })
+}
+
+/// The files that hold the weights: those of the index, or the only one.
+pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>, FolderError> {
+    let index: Option<Value> = read_json(&folder.join("model.safetensors.index.json"))?;
+    let Some(index) = index else {
+        return Ok(vec!["model.safetensors".into()]);
+    };
+    let map = index["weight_map"].as_object();
+    let mut files: Vec<String> = map
+        .into_iter()
+        .flat_map(|map| map.values())
+        .filter_map(|file| file.as_str().map(str::to_owned))
+        .collect();
+    files.sort_unstable();
+    files.dedup();
+    Ok(files)
+}
+
+/// How much larger weights are in memory than in their files: the CPU computes in f32.
+fn widening(config: &Value) -> u64 {
+    let named = |config: &Value| {
+        let name = config.get("dtype").or(config.get("torch_dtype"))?;
+        name.as_str().map(str::to_owned)
+    };
+    match named(config)
+        .or_else(|| named(&config["text_config"]))
+        .as_deref()
+    {
+        Some("bfloat16" | "float16") => 2,
+        _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tokenizer::tests::fixture;
+
+    #[test]
+    fn the_fixtures_pass_and_too_little_memory_does_not() {
+        check(&fixture(), None).unwrap();
+        check(&fixture().with_file_name("qwen3_5_vl_tied"), Some(1 << 30)).unwrap();
+        let error = check(&fixture(), Some(1000)).unwrap_err();
+        assert!(matches!(error, PreflightError::NoRoom { .. }), "{error}");
+        assert!(error.to_string().contains("1.4 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_shard_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let index = "{\"weight_map\": {\"a\": \"one.safetensors\", \"b\": \"one.safetensors\"}}";
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+        let error = check(folder.path(), None).unwrap_err();
+        assert!(
+            matches!(&error, PreflightError::NoWeights { file, .. } if file == "one.safetensors"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_context_too_long_names_one_that_fits() {
+        check_context(Path::new("m"), 10, 100, |tokens| tokens as u64 * 10).unwrap();
+        let error = check_context(Path::new("m"), 4096, 105, |tokens| tokens as u64 * 10);
+        let Err(PreflightError::ContextTooLong { fits, .. }) = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(fits, 10);
+    }
+}

@@ -1,0 +1,175 @@
+//! The life of models, with a loader the test holds in its hand.
+
+use super::*;
+use crate::engine::fake::{FakeModel, Script};
+use crate::text::tokenizer::tests::fixture;
+use std::sync::atomic::AtomicUsize;
+
+/// A host whose loads wait for a message each: an error to fail with, or a model.
+pub(crate) struct Host {
+    pub(crate) residency: Residency,
+    pub(crate) loads: Arc<AtomicUsize>,
+    release: std::sync::mpsc::Sender<FakeModel>,
+}
+
+pub(crate) fn host() -> Host {
+    let (release, releases) = std::sync::mpsc::channel::<FakeModel>();
+    let releases = Mutex::new(releases);
+    let loads = Arc::new(AtomicUsize::new(0));
+    let counted = loads.clone();
+    let config = Config::default_on_this_host().unwrap();
+    let loader: Box<Loader> = Box::new(move |_, _, progress| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        progress(0.5);
+        let model = releases
+            .lock()
+            .unwrap()
+            .recv()
+            .expect("the test releases each load");
+        Ok(Box::new(model) as Box<dyn CausalLm>)
+    });
+    Host {
+        residency: Residency::with_loader(&config, &Registry::new(), loader),
+        loads,
+        release,
+    }
+}
+
+fn wanted(id: &str, source: &str) -> LoadModel {
+    LoadModel {
+        id: id.into(),
+        source: source.into(),
+        context_length: None,
+    }
+}
+
+fn from_fixture(id: &str) -> LoadModel {
+    wanted(id, fixture().to_str().unwrap())
+}
+
+impl Host {
+    fn release(&self) {
+        self.release.send(FakeModel::new(Script::Hash)).unwrap();
+    }
+
+    async fn settled(&self) {
+        self.residency
+            .wait_until(|models| {
+                models
+                    .iter()
+                    .all(|model| model.state != ModelState::Loading)
+            })
+            .await;
+    }
+
+    async fn gone(&self, id: &str) {
+        self.residency
+            .wait_until(|models| models.iter().all(|model| model.id != id))
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn a_second_load_joins_the_first() {
+    let host = host();
+    let first = host.residency.load(from_fixture("a")).unwrap();
+    let second = host.residency.load(from_fixture("a")).unwrap();
+    assert_eq!(first.state, ModelState::Loading);
+    assert_eq!(second.state, ModelState::Loading);
+    assert!(matches!(
+        host.residency.get("a"),
+        Err(Unavailable::Loading { .. })
+    ));
+    host.release();
+    host.settled().await;
+    let third = host.residency.load(from_fixture("a")).unwrap();
+    assert_eq!(third.state, ModelState::Loaded);
+    assert_eq!(third.context_length, 4096);
+    assert_eq!(host.loads.load(Ordering::SeqCst), 1);
+    assert!(host.residency.get("a").is_ok());
+}
+
+#[tokio::test]
+async fn the_same_id_with_another_source_is_a_conflict() {
+    let host = host();
+    host.residency.load(from_fixture("a")).unwrap();
+    let other = host.residency.load(wanted("a", "elsewhere"));
+    assert!(
+        matches!(other, Err(LoadRefused::Conflict { .. })),
+        "{other:?}"
+    );
+    let longer = LoadModel {
+        context_length: Some(7),
+        ..from_fixture("a")
+    };
+    assert!(matches!(
+        host.residency.load(longer),
+        Err(LoadRefused::Conflict { .. })
+    ));
+    host.release();
+}
+
+#[tokio::test]
+async fn a_failed_load_says_why_and_can_be_tried_again() {
+    let host = host();
+    host.residency.load(wanted("a", "/no/such/folder")).unwrap();
+    host.settled().await;
+    let status = host.residency.status("a").unwrap();
+    assert_eq!(status.state, ModelState::Failed);
+    assert!(status.reason.unwrap().contains("/no/such/folder"));
+    assert_eq!(status.memory_bytes, 0);
+    assert!(matches!(
+        host.residency.get("a"),
+        Err(Unavailable::Failed { .. })
+    ));
+    host.residency.load(from_fixture("a")).unwrap();
+    host.release();
+    host.settled().await;
+    assert!(host.residency.get("a").is_ok());
+}
+
+#[tokio::test]
+async fn an_unloaded_model_goes_away_and_can_come_back() {
+    let host = host();
+    assert!(host.residency.unload("a").is_none());
+    host.residency.load(from_fixture("a")).unwrap();
+    host.release();
+    host.settled().await;
+    let status = host.residency.unload("a").unwrap();
+    assert_eq!(status.state, ModelState::Unloading);
+    host.gone("a").await;
+    host.residency.load(from_fixture("a")).unwrap();
+    host.release();
+    host.settled().await;
+    assert!(host.residency.get("a").is_ok());
+}
+
+#[tokio::test]
+async fn a_model_unloaded_while_it_loads_never_serves() {
+    let host = host();
+    host.residency.load(from_fixture("a")).unwrap();
+    assert_eq!(
+        host.residency.unload("a").unwrap().state,
+        ModelState::Unloading
+    );
+    assert!(matches!(
+        host.residency.load(from_fixture("a")),
+        Err(LoadRefused::Unloading(_))
+    ));
+    host.release();
+    host.gone("a").await;
+    assert_eq!(host.residency.get("a").unwrap_err(), Unavailable::Unknown);
+}
+
+#[tokio::test]
+async fn a_closed_host_drains_and_loads_nothing() {
+    let host = host();
+    host.residency.load(from_fixture("a")).unwrap();
+    host.release();
+    host.settled().await;
+    host.residency.close().await;
+    assert_eq!(
+        host.residency.load(from_fixture("b")),
+        Err(LoadRefused::Stopping)
+    );
+}

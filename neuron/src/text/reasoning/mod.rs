@@ -1,0 +1,14 @@
+//! Thinking apart from the answer; one file per way a model marks it.
+
+mod think_tags;
+
+pub use think_tags::ThinkTags;
+
+/// A piece of an answer, thinking told apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Inside the thinking block.
+    Reasoning(String),
+    /// The answer proper.
+    Content(String),
+}
