@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
@@ -37,6 +37,8 @@ pub(crate) enum ChildError {
 pub(super) struct Neuron {
     path: PathBuf,
     child: Child,
+    /// Held apart from `child`, whose `wait` would close it.
+    stdin: Option<ChildStdin>,
     address: SocketAddr,
     quiet: bool,
 }
@@ -45,9 +47,10 @@ impl Neuron {
     /// Starts one on a free port of loopback; `quiet` keeps its log lines back unless something is wrong.
     pub(super) async fn start(quiet: bool) -> Result<Self, ChildError> {
         let path = locate().await?;
-        let (child, address) = spawn(&path, SocketAddr::from(([127, 0, 0, 1], 0)), quiet).await?;
+        let (mut child, address) = spawn(&path, SocketAddr::from(([127, 0, 0, 1], 0)), quiet).await?;
         Ok(Self {
             path,
+            stdin: child.stdin.take(),
             child,
             address,
             quiet,
@@ -73,7 +76,8 @@ impl Neuron {
             loop {
                 sleep(Duration::from_secs(1)).await;
                 match spawn(&self.path, self.address, self.quiet).await {
-                    Ok((child, _)) => {
+                    Ok((mut child, _)) => {
+                        self.stdin = child.stdin.take();
                         self.child = child;
                         break;
                     }
@@ -85,7 +89,7 @@ impl Neuron {
 
     /// Lets it end, and makes it end when it does not.
     async fn stop(mut self) {
-        drop(self.child.stdin.take());
+        drop(self.stdin.take());
         if timeout(END, self.child.wait()).await.is_err() {
             let _ = self.child.kill().await; // it may have ended just now
         }
