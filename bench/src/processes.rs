@@ -1,8 +1,11 @@
 //! Servers as child processes, and what the kernel says they used.
 
 use crate::connection::{Ask, Connection};
-use anyhow::{Context as _, bail};
-use rustix::process::{Pid, Resource, Rlimit, Signal};
+use anyhow::{Context as _, bail, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -77,14 +80,15 @@ impl Server {
             .with_context(|| format!("{} did not get ready; {}", self.name, self.last_words()))
     }
 
-    /// CPU time that the process, its threads and its living children have used, to the kernel's clock tick.
+    /// CPU time in user and system that the process, its living children and all threads of theirs have used, ended
+    /// threads included.
     pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
-        let mut ticks = 0;
+        let mut cpu = Duration::ZERO;
         for pid in tree(self.pid()?)? {
-            ticks += stat(pid)?.ticks;
+            let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))?;
+            cpu += Duration::from(clock_gettime(clock)?);
         }
-        let second = rustix::param::clock_ticks_per_second();
-        Ok(Duration::from_secs(ticks) / u32::try_from(second)?)
+        Ok(cpu)
     }
 
     /// Resident memory of the process and its living children.
@@ -119,9 +123,9 @@ impl Server {
 
     fn terminate(&self) {
         let pid = self.child.id().and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid.and_then(Pid::from_raw) {
+        if let Some(pid) = pid {
             // It fails only when the process has ended, which is what is wanted.
-            let _ = rustix::process::kill_process(pid, Signal::TERM);
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
         }
     }
 
@@ -156,35 +160,20 @@ pub(crate) struct Memory {
 /// # Errors
 /// When the hard limit is lower.
 pub(crate) fn raise_open_files(wanted: u64) -> anyhow::Result<()> {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    if limit.current.is_none_or(|current| current >= wanted) {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft >= wanted {
         return Ok(());
     }
-    if limit.maximum.is_some_and(|maximum| maximum < wanted) {
-        bail!(
-            "{wanted} open files are needed, the hard limit is {} (ulimit -Hn)",
-            limit.maximum.unwrap_or_default()
-        );
-    }
-    rustix::process::setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: Some(wanted),
-            maximum: limit.maximum,
-        },
-    )
-    .context("raising the limit of open files")
+    ensure!(
+        hard >= wanted,
+        "{wanted} open files are needed, the hard limit is {hard} (ulimit -Hn)"
+    );
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).context("raising the limit of open files")
 }
 
 /// A loopback address that was free a moment ago.
 pub(crate) fn free_address() -> anyhow::Result<SocketAddr> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?)
-}
-
-struct Stat {
-    parent: u32,
-    /// User and system time.
-    ticks: u64,
 }
 
 /// `root` and all that descend from it.
@@ -196,8 +185,9 @@ fn tree(root: u32) -> anyhow::Result<Vec<u32>> {
             continue;
         };
         // A process that ended meanwhile is not one of ours.
-        if let Ok(stat) = stat(pid) {
-            parents.push((pid, stat.parent));
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        if let Some(parent) = parent(&stat) {
+            parents.push((pid, parent));
         }
     }
     let mut tree = vec![root];
@@ -210,23 +200,10 @@ fn tree(root: u32) -> anyhow::Result<Vec<u32>> {
     Ok(tree)
 }
 
-fn stat(pid: u32) -> anyhow::Result<Stat> {
-    let path = format!("/proc/{pid}/stat");
-    parse_stat(&fs::read_to_string(&path)?).with_context(|| format!("{path} reads otherwise"))
-}
-
-/// proc(5): fields 4, 14 and 15; the second is a name in brackets that may hold anything.
-fn parse_stat(line: &str) -> Option<Stat> {
-    let (_, fields) = line.rsplit_once(')')?;
-    let mut fields = fields.split_ascii_whitespace().skip(1);
-    let parent = fields.next()?.parse().ok()?;
-    let mut times = fields.skip(9).map(str::parse::<u64>);
-    let user = times.next()?.ok()?;
-    let system = times.next()?.ok()?;
-    Some(Stat {
-        parent,
-        ticks: user + system,
-    })
+/// proc_pid_stat(5): the fourth field; the second is a name in brackets that may hold anything.
+fn parent(stat: &str) -> Option<u32> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
 fn field(status: &str, name: &str) -> anyhow::Result<u64> {
@@ -242,11 +219,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stat_line_is_read_past_any_name() {
-        let line = "42 (a) b (c) S 7 42 42 0 -1 4194560 1 2 3 4 150 50 9 9 20 0 4 0 100 1 1";
-        let stat = parse_stat(line).expect("a stat line");
-        assert_eq!((stat.parent, stat.ticks), (7, 200));
-        assert!(parse_stat("42 (a) S 7").is_none(), "a short line");
+    fn a_parent_is_read_past_any_name() {
+        assert_eq!(parent("42 (a) b (c) S 7 42 42 0 -1 4194560"), Some(7));
+        assert_eq!(parent("42 (a"), None, "a short line");
     }
 
     #[test]

@@ -191,7 +191,7 @@ fn nginx_version(named: Option<&Path>) -> anyhow::Result<Option<(PathBuf, String
 fn nginx_config(folder: &Path, listen: SocketAddr, upstream: SocketAddr, version: &str) -> String {
     let folder = folder.display();
     // Left to itself a root master gives its workers to a user who may not enter the folder.
-    let user = match rustix::process::geteuid().is_root() {
+    let user = match nix::unistd::geteuid().is_root() {
         true => "user root;",
         false => "",
     };

@@ -147,7 +147,7 @@ fn ratio(own: f64, other: f64) -> String {
     if other > 0.0 {
         format!("{:.2}", own / other)
     } else {
-        "–".into() // below the clock tick
+        "–".into()
     }
 }
 
