@@ -30,8 +30,8 @@ pub(crate) struct GatewayArgs {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
     /// Connections at a time.
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 64, 512])]
-    concurrency: Vec<usize>,
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u64).range(1..))]
+    concurrency: Vec<u64>,
     /// Milliseconds between two events of a stream.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     pace_ms: u64,
@@ -56,7 +56,7 @@ pub(crate) enum Reply {
 pub(crate) struct Sample {
     round: u64,
     reply: Reply,
-    concurrency: usize,
+    concurrency: u64,
     via: Via,
     #[serde(flatten)]
     figures: Figures,
@@ -74,7 +74,7 @@ pub(crate) struct Sample {
 pub(crate) async fn run(args: GatewayArgs, threads: usize) -> anyhow::Result<()> {
     let machine = Machine::here();
     let most = args.concurrency.iter().max().copied().unwrap_or(1);
-    raise_open_files(2 * most as u64 + 256)?;
+    raise_open_files(2 * most + 256)?;
     let servers = Servers::start(&args.proxies, args.pace_ms, false, threads).await?;
     let samples = Bench {
         rounds: if args.quick { 2 } else { args.rounds },
@@ -111,7 +111,7 @@ pub(crate) async fn run(args: GatewayArgs, threads: usize) -> anyhow::Result<()>
 struct Bench<'a> {
     rounds: u64,
     requests: u64,
-    concurrency: Vec<usize>,
+    concurrency: Vec<u64>,
     servers: &'a Servers,
 }
 
@@ -164,16 +164,14 @@ impl Bench<'_> {
         &self,
         round: u64,
         reply: Reply,
-        concurrency: usize,
+        concurrency: u64,
         way: Way<'_>,
     ) -> anyhow::Result<Sample> {
         let requests = self.requests_of(reply, concurrency);
         let ask = Ask::chat(way.address, MODEL, reply == Reply::Stream);
-        let mut clients = Clients::connect(ask, concurrency).await?;
+        let mut clients = Clients::connect(ask, usize::try_from(concurrency)?).await?;
         // Connections on both sides of the proxy are opened before anything is counted.
-        clients
-            .run((requests / 10).max(2 * concurrency as u64))
-            .await;
+        clients.run((requests / 10).max(2 * concurrency)).await;
         let before = self.cpu(way)?;
         let figures = clients.run(requests).await.figures();
         let after = self.cpu(way)?;
@@ -191,7 +189,7 @@ impl Bench<'_> {
         })
     }
 
-    fn requests_of(&self, reply: Reply, concurrency: usize) -> u64 {
+    fn requests_of(&self, reply: Reply, concurrency: u64) -> u64 {
         let requests = match reply {
             Reply::Whole => self.requests,
             Reply::Stream => self.requests / 8,
@@ -201,7 +199,7 @@ impl Bench<'_> {
         } else {
             requests
         };
-        requests.max(concurrency as u64)
+        requests.max(concurrency)
     }
 
     fn cpu(&self, way: Way<'_>) -> anyhow::Result<CpuTimes> {

@@ -22,7 +22,7 @@ pub(crate) struct Report {
 /// The samples of one load by one way.
 struct Row<'a> {
     reply: Reply,
-    concurrency: usize,
+    concurrency: u64,
     via: Via,
     samples: Vec<&'a Sample>,
 }

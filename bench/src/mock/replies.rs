@@ -126,8 +126,9 @@ impl Replies {
 
 fn json(status: u16, body: &impl Serialize) -> Bytes {
     let body = serde_json::to_vec(body).expect("wire types always serialise");
+    let reason = if status == 200 { "OK" } else { "Error" };
     let mut reply = format!(
-        "HTTP/1.1 {status} Status\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        "HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()
     )
     .into_bytes();
