@@ -24,10 +24,10 @@ pub(crate) struct GatewayArgs {
     #[command(flatten)]
     proxies: ProxyArgs,
     /// Requests for whole replies a run; streams are an eighth of it, concurrency 1 takes a quarter.
-    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
     requests: u64,
     /// How often everything is measured; the proxies take turns within each round.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
     /// Connections at a time.
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 64, 512], value_parser = clap::value_parser!(u64).range(1..))]
