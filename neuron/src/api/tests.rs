@@ -747,3 +747,29 @@ async fn the_metrics_move() {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_stream_opens_and_is_kept_alive() {
+    let gate = Gate::closed_after(0);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |_| {}).await;
+    let body = chat(json!({"stream": true})).to_string();
+    let response = api.send(Method::POST, CHAT, body, &[]).await;
+    let mut pieces = response.into_body().into_data_stream();
+    let first = pieces.next().await.unwrap().unwrap();
+    assert!(
+        first.starts_with(b"data: "),
+        "the role comes before the long prefill: {first:?}"
+    );
+    let second = pieces.next().await.unwrap().unwrap();
+    assert_eq!(&second[..], b": keep-alive\n\n");
+    gate.open();
+    let mut rest = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        rest.extend_from_slice(&piece.unwrap());
+    }
+    assert!(rest.ends_with(b"data: [DONE]\n\n"));
+}

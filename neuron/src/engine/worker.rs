@@ -165,7 +165,7 @@ impl Worker {
             max_tokens: request.max_tokens as u64,
             generated: 0,
             clock: Clock {
-                arrived: Instant::now(),
+                arrived: request.arrived,
                 started: None,
                 first_token: None,
                 last_token: None,
@@ -369,7 +369,6 @@ impl Worker {
         if self.mode == Mode::Stopped {
             return;
         }
-        self.metrics.running.set(0);
         let next_expiry = self
             .lives
             .values()
