@@ -122,11 +122,11 @@ impl Worker {
         let began = Instant::now();
         let logits = self.runner.run(&plan, &self.scheduler)?;
         let sampled = self.sample(&plan, &logits);
-        self.scheduler.commit(&plan, &sampled);
-        self.emit(&sampled);
         let (decode, prefill) = plan.token_counts();
         self.metrics
             .step(decode, prefill, began.elapsed().as_secs_f64());
+        self.scheduler.commit(&plan, &sampled);
+        self.emit(&sampled);
         Ok(())
     }
 
