@@ -288,6 +288,55 @@ mod tests {
         );
     }
 
+    // The list of what the released templates use, from the description of the format.
+    #[test]
+    fn the_jinja_of_released_templates_is_understood() {
+        for (source, wanted) in [
+            (
+                "{% macro m(a, b='x') %}{{ a ~ b }}{% endmacro %}{{ m('1') }}{{ m('1', b='2') }}",
+                "1x12",
+            ),
+            (
+                "{% set n = namespace(a=1) %}{% for i in [1, 2] %}{% set n.a = n.a + i %}{% endfor %}{{ n.a }}",
+                "4",
+            ),
+            (
+                "{% for i in [1, 2, 3][::-1] %}{{ i }}{{ loop.index0 }}{{ loop.last }} {% endfor %}",
+                "30False 21False 12True ",
+            ),
+            (
+                "{% for i in 'ab' | list %}{{ loop.previtem | default('-') }}{{ loop.nextitem is defined }} {% endfor %}",
+                "-True aFalse ",
+            ),
+            (
+                "{{ x is mapping }} {{ x.b is sequence }} {{ x.b is iterable }} {{ x.t is true }} {{ x.t is false }}",
+                "True True True True False",
+            ),
+            (
+                "{{ x.a is none }} {{ x.c is undefined }} {{ 'a' is string }}",
+                "True True True",
+            ),
+            (
+                "{% for k, v in x | items %}{{ k }}{% endfor %}{{ x | length }}",
+                "bat3",
+            ),
+            (
+                "{{ ' a ' | trim | safe }}{{ 'abc'.startswith('a') and not 'abc'.endswith('b') }}",
+                "aTrue",
+            ),
+            (
+                "{{ '\n\na\n'.lstrip('\n').rstrip('\n') }}|{{ 'a</t>b'.split('</t>')[-1] }}",
+                "a|b",
+            ),
+            (
+                "{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}\ny",
+                "x\ny",
+            ),
+        ] {
+            assert_eq!(inline(source), wanted, "{source}");
+        }
+    }
+
     #[test]
     fn json_is_written_as_transformers_writes_it() {
         assert_eq!(
