@@ -1,4 +1,5 @@
 //! The daemon as a process, over HTTP, with the tiny checkpoint.
+#![allow(clippy::unwrap_used)] // all of it is tests, helpers included
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
