@@ -3,7 +3,7 @@
 use super::body::{self, Field, is};
 use super::failure::{Failure, template};
 use super::fields::{self, Sampling};
-use super::generation::{self, Answer, Delivery, Whole, find_model, in_background, new_id};
+use super::generation::{self, Answer, Delivery, Origin, Whole, find_model, in_background, new_id};
 use super::{ApiState, RequestId};
 use crate::engine::request::{Finish, Request};
 use crate::residency::{ServedModel, unix_seconds};
@@ -68,25 +68,25 @@ pub(super) async fn complete(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Failure> {
-    let deadline = Instant::now() + state.limits.request_deadline;
+    let arrived = Instant::now();
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
     let wire: ChatRequest = body::parse(&bytes, FIELDS)?;
     let unknown_fields = fields::check(&wire.extra, &state.metrics)?;
     let delivery = Delivery::new(wire.stream, wire.stream_options, &headers, unknown_fields)?;
     let model = find_model(&state, &wire.model)?;
     let answer = ChatAnswer::new(&wire.model);
-    let (id, served) = (request_id.0.clone(), model.clone());
-    let request = in_background(move || prepare(wire, &served, id, deadline)).await?;
+    let origin = Origin {
+        id: request_id.0.clone(),
+        arrived,
+        deadline: arrived + state.limits.request_deadline,
+    };
+    let served = model.clone();
+    let request = in_background(move || prepare(wire, &served, origin)).await?;
     generation::answer(&model, request, answer, delivery, &request_id).await
 }
 
 /// Everything that can be wrong with a request is found here.
-fn prepare(
-    wire: ChatRequest,
-    model: &ServedModel,
-    id: String,
-    deadline: Instant,
-) -> Result<Request, ApiError> {
+fn prepare(wire: ChatRequest, model: &ServedModel, origin: Origin) -> Result<Request, ApiError> {
     let sampling = Sampling {
         temperature: wire.temperature,
         top_p: wire.top_p,
@@ -129,12 +129,13 @@ fn prepare(
         tools: (!tools.is_empty()).then(|| tools.into()),
     };
     Ok(Request {
-        id,
+        id: origin.id,
+        arrived: origin.arrived,
+        deadline: origin.deadline,
         prompt: ids,
         max_tokens,
         sampling,
         output: Output::new(model.text.tokenizer.clone(), options),
-        deadline,
     })
 }
 

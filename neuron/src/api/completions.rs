@@ -3,7 +3,7 @@
 use super::body::{self, Field, is};
 use super::failure::Failure;
 use super::fields::{self, Sampling};
-use super::generation::{self, Answer, Delivery, Whole, find_model, in_background, new_id};
+use super::generation::{self, Answer, Delivery, Origin, Whole, find_model, in_background, new_id};
 use super::{ApiState, RequestId};
 use crate::engine::request::{Finish, Request};
 use crate::residency::{ServedModel, unix_seconds};
@@ -49,7 +49,7 @@ pub(super) async fn complete(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Failure> {
-    let deadline = Instant::now() + state.limits.request_deadline;
+    let arrived = Instant::now();
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
     let wire: CompletionRequest = body::parse(&bytes, FIELDS)?;
     let unknown_fields = fields::check(&wire.extra, &state.metrics)?;
@@ -60,16 +60,20 @@ pub(super) async fn complete(
         created: unix_seconds(),
         model: wire.model.clone(),
     };
-    let (id, served) = (request_id.0.clone(), model.clone());
-    let request = in_background(move || prepare(wire, &served, id, deadline)).await?;
+    let origin = Origin {
+        id: request_id.0.clone(),
+        arrived,
+        deadline: arrived + state.limits.request_deadline,
+    };
+    let served = model.clone();
+    let request = in_background(move || prepare(wire, &served, origin)).await?;
     generation::answer(&model, request, answer, delivery, &request_id).await
 }
 
 fn prepare(
     wire: CompletionRequest,
     model: &ServedModel,
-    id: String,
-    deadline: Instant,
+    origin: Origin,
 ) -> Result<Request, ApiError> {
     let sampling = Sampling {
         temperature: wire.temperature,
@@ -89,12 +93,13 @@ fn prepare(
         ..OutputOptions::default()
     };
     Ok(Request {
-        id,
+        id: origin.id,
+        arrived: origin.arrived,
+        deadline: origin.deadline,
         prompt,
         max_tokens,
         sampling,
         output: Output::new(model.text.tokenizer.clone(), options),
-        deadline,
     })
 }
 

@@ -12,7 +12,7 @@ use protocol::chat::{FunctionCall, StreamOptions, ToolCall};
 use protocol::ext::{UNKNOWN_FIELDS_HEADER, USAGE_COMMENT_HEADER};
 use protocol::{ApiError, ErrorKind};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the head of a stream waits for its first event: a request that fails at once gets a proper status, and
 /// a client behind a long prefill still sees the stream open.
@@ -28,6 +28,13 @@ pub(super) trait Answer: Send + 'static {
     fn close(&mut self, finish: &Finish, usage: bool, out: &mut Vec<u8>);
     /// The answer in one piece.
     fn whole(self, whole: Whole) -> Response;
+}
+
+/// Where a request comes from, and until when it may take.
+pub(super) struct Origin {
+    pub(super) id: String,
+    pub(super) arrived: Instant,
+    pub(super) deadline: Instant,
 }
 
 /// How the answer is to be given.

@@ -730,6 +730,53 @@ async fn dropping_the_body_ends_the_generation() {
 }
 
 #[tokio::test]
+async fn a_client_that_hangs_up_is_cancelled_though_nothing_was_streamed() {
+    let gate = Gate::closed_after(1);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |_| {}).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(axum::serve(listener, api.router.clone()).into_future());
+    let engine = api.state.residency.get("org/m").unwrap().engine.clone();
+    let in_flight = async |wanted| {
+        let reached = async {
+            while engine.in_flight() != wanted {
+                tokio::task::yield_now().await;
+            }
+        };
+        let patience = std::time::Duration::from_secs(60);
+        tokio::time::timeout(patience, reached).await.unwrap();
+    };
+    let body = chat(json!({"max_tokens": 4000})).to_string();
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: n\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut connection, format!("{head}{body}").as_bytes())
+        .await
+        .unwrap();
+    in_flight(1).await;
+    drop(connection);
+    // Each step is let through alone, and the request must be gone before it has made its tokens.
+    let cancelled = async {
+        while engine.in_flight() != 0 {
+            gate.let_through(1);
+            tokio::task::yield_now().await;
+        }
+    };
+    cancelled.await;
+    let (_, metrics) = api.get("/metrics").await;
+    assert!(
+        metrics.contains("neuron_cancelled_total{model=\"org/m\""),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
 async fn the_metrics_move() {
     let api = api().await;
     api.post(CHAT, &chat(json!({}))).await;
@@ -746,4 +793,30 @@ async fn the_metrics_move() {
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_stream_opens_and_is_kept_alive() {
+    let gate = Gate::closed_after(0);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |_| {}).await;
+    let body = chat(json!({"stream": true})).to_string();
+    let response = api.send(Method::POST, CHAT, body, &[]).await;
+    let mut pieces = response.into_body().into_data_stream();
+    let first = pieces.next().await.unwrap().unwrap();
+    assert!(
+        first.starts_with(b"data: "),
+        "the role comes before the long prefill: {first:?}"
+    );
+    let second = pieces.next().await.unwrap().unwrap();
+    assert_eq!(&second[..], b": keep-alive\n\n");
+    gate.open();
+    let mut rest = Vec::new();
+    while let Some(piece) = pieces.next().await {
+        rest.extend_from_slice(&piece.unwrap());
+    }
+    assert!(rest.ends_with(b"data: [DONE]\n\n"));
 }

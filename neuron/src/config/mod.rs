@@ -1,4 +1,4 @@
-//! What the daemon was told: a file as written ([`settings`]) becomes a [`Config`] that needs no more checking.
+//! What the daemon was told: a file as written (`settings.rs`) becomes a [`Config`] that needs no more checking.
 //!
 //! The only place that reads the environment.
 
@@ -8,7 +8,7 @@ mod settings;
 
 pub use check::ConfigError;
 pub use environment::log_filter;
-pub use settings::Settings;
+use settings::Settings;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -7,69 +7,69 @@ use std::path::Path;
 /// The file. Absent keys have the value of [`Settings::default`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Settings {
+pub(super) struct Settings {
     /// `ADDRESS:PORT`.
-    pub listen: String,
+    pub(super) listen: String,
     /// The host's own name when absent.
-    pub name: Option<String>,
+    pub(super) name: Option<String>,
     /// Bound on draining after SIGTERM.
-    pub drain_seconds: u64,
+    pub(super) drain_seconds: u64,
     /// See [`LimitSettings`].
-    pub limits: LimitSettings,
+    pub(super) limits: LimitSettings,
     /// See [`HubSettings`].
-    pub hub: HubSettings,
+    pub(super) hub: HubSettings,
     /// See [`LogSettings`].
-    pub log: LogSettings,
+    pub(super) log: LogSettings,
     /// Models to load at start.
-    pub models: Vec<ModelSettings>,
+    pub(super) models: Vec<ModelSettings>,
 }
 
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct LimitSettings {
+pub(super) struct LimitSettings {
     /// Longest request body.
-    pub max_body_bytes: u64,
+    pub(super) max_body_bytes: u64,
     /// Sequences computed at the same time, for each model.
-    pub max_running: u64,
+    pub(super) max_running: u64,
     /// Requests waiting, for each model.
-    pub max_waiting: u64,
+    pub(super) max_waiting: u64,
     /// Prompt tokens waiting, for each model.
-    pub max_queued_prompt_tokens: u64,
+    pub(super) max_queued_prompt_tokens: u64,
     /// Prompt tokens in one step.
-    pub prefill_chunk_tokens: u64,
+    pub(super) prefill_chunk_tokens: u64,
     /// Bound on a whole request.
-    pub request_deadline_seconds: u64,
+    pub(super) request_deadline_seconds: u64,
 }
 
 /// `[hub]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct HubSettings {
+pub(super) struct HubSettings {
     /// `$HF_HOME/hub` or `~/.cache/huggingface/hub` when absent.
-    pub cache_dir: Option<String>,
+    pub(super) cache_dir: Option<String>,
     /// Use the cache alone.
-    pub offline: bool,
+    pub(super) offline: bool,
 }
 
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct LogSettings {
+pub(super) struct LogSettings {
     /// `text` or `json`.
-    pub format: String,
+    pub(super) format: String,
 }
 
 /// `[[models]]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ModelSettings {
+pub(super) struct ModelSettings {
     /// The name requests use.
-    pub id: String,
+    pub(super) id: String,
     /// A folder or a hub id.
-    pub source: String,
+    pub(super) source: String,
     /// Upper bound on prompt plus answer.
-    pub context_length: Option<u64>,
+    pub(super) context_length: Option<u64>,
 }
 
 impl Default for Settings {
@@ -112,7 +112,7 @@ impl Settings {
     ///
     /// # Errors
     /// When it cannot be read or is not spelt as this type says.
-    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+    pub(super) fn read(file: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(file)
             .map_err(|error| ConfigError::new(file, "the file", error.to_string()))?;
         toml::from_str(&text).map_err(|error| {

@@ -30,6 +30,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// What becomes of them.
     pub output: Output,
+    /// When its first byte was read: its times count from here.
+    pub arrived: Instant,
     /// When it fails, done or not.
     pub deadline: Instant,
 }

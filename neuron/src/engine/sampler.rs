@@ -2,7 +2,7 @@
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 /// How to choose the next token. Only [`SamplingParams::new`] makes one, so its values are always in range.
@@ -112,48 +112,45 @@ fn likeliest(
     params: &SamplingParams,
     weight: impl Fn(f32) -> f32,
 ) -> Vec<(usize, f32)> {
-    let whole = logits
-        .iter()
-        .map(|logit| f64::from(weight(*logit)))
-        .sum::<f64>();
-    let limit = if params.top_k == 0 {
-        logits.len()
-    } else {
-        params.top_k
-    };
     // A heap gives the likeliest first at the price of those taken: most answers need a few dozen of 250,000.
-    let mut heap: BinaryHeap<Ranked> = logits
-        .iter()
-        .enumerate()
-        .map(|(id, &logit)| Ranked { logit, id })
-        .collect();
-    let mut kept: Vec<(usize, f32)> = Vec::new();
-    let mut covered = 0.0;
-    // Without top_k the share is of all tokens; with it, of the k kept, known only once they are.
-    let full = if params.top_k == 0 {
-        whole
-    } else {
-        f64::INFINITY
+    let mut ranked = match params.top_k {
+        0 => ranked(logits).collect(),
+        k => top(logits, k),
     };
-    while kept.len() < limit && covered < f64::from(params.top_p) * full {
-        let Some(next) = heap.pop() else { break };
-        let next_weight = weight(next.logit);
-        if next_weight < params.min_p {
+    let weights = ranked.iter().map(|next| f64::from(weight(next.logit)));
+    let wanted = f64::from(params.top_p) * weights.sum::<f64>();
+    let mut kept = Vec::new();
+    let mut covered = 0.0;
+    while covered < wanted
+        && let Some(next) = ranked.pop()
+    {
+        let weight = weight(next.logit);
+        if weight < params.min_p {
             break;
         }
-        covered += f64::from(next_weight);
-        kept.push((next.id, next_weight));
-    }
-    if params.top_k != 0 && params.top_p < 1.0 {
-        let wanted = f64::from(params.top_p) * covered;
-        let mut share = 0.0;
-        let end = kept.iter().position(|(_, weight)| {
-            share += f64::from(*weight);
-            share >= wanted
-        });
-        kept.truncate(end.map_or(kept.len(), |end| end + 1));
+        covered += f64::from(weight);
+        kept.push((next.id, weight));
     }
     kept
+}
+
+fn ranked(logits: &[f32]) -> impl Iterator<Item = Ranked> {
+    let logits = logits.iter().enumerate();
+    logits.map(|(id, &logit)| Ranked { logit, id })
+}
+
+/// The `k` likeliest.
+fn top(logits: &[f32], k: usize) -> BinaryHeap<Ranked> {
+    let mut kept: BinaryHeap<Reverse<Ranked>> = BinaryHeap::new();
+    for next in ranked(logits) {
+        if kept.len() < k {
+            kept.push(Reverse(next));
+        } else if kept.peek().is_some_and(|least| next > least.0) {
+            kept.pop();
+            kept.push(Reverse(next));
+        }
+    }
+    kept.into_iter().map(|Reverse(next)| next).collect()
 }
 
 /// The first of the largest: ties go to the smaller id, as in every other implementation.

@@ -73,6 +73,7 @@ impl Bench {
             max_tokens,
             sampling,
             output: Output::new(self.tokenizer.clone(), options),
+            arrived: Instant::now(),
             deadline: Instant::now() + Duration::from_secs(3600),
         }
     }

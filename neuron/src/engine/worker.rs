@@ -122,11 +122,11 @@ impl Worker {
         let began = Instant::now();
         let logits = self.runner.run(&plan, &self.scheduler)?;
         let sampled = self.sample(&plan, &logits);
-        self.scheduler.commit(&plan, &sampled);
-        self.emit(&sampled);
         let (decode, prefill) = plan.token_counts();
         self.metrics
             .step(decode, prefill, began.elapsed().as_secs_f64());
+        self.scheduler.commit(&plan, &sampled);
+        self.emit(&sampled);
         Ok(())
     }
 
@@ -165,7 +165,7 @@ impl Worker {
             max_tokens: request.max_tokens as u64,
             generated: 0,
             clock: Clock {
-                arrived: Instant::now(),
+                arrived: request.arrived,
                 started: None,
                 first_token: None,
                 last_token: None,
@@ -369,7 +369,6 @@ impl Worker {
         if self.mode == Mode::Stopped {
             return;
         }
-        self.metrics.running.set(0);
         let next_expiry = self
             .lives
             .values()

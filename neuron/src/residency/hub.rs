@@ -88,12 +88,13 @@ fn fetch(id: &str, hub: &HubConfig) -> Result<PathBuf, ApiError> {
         builder = builder.with_endpoint(endpoint.clone());
     }
     let repo = builder.build()?.model(id.into());
-    let files = repo.info()?.siblings;
     tracing::info!(model = id, "fetching from the hub");
-    for file in files.iter().map(|file| file.rfilename.as_str()) {
-        if is_needed(file) {
-            repo.download_with_progress(file, Bar::new())?;
-        }
+    let files = repo.info()?.siblings.into_iter();
+    let mut files: Vec<String> = files.map(|file| file.rfilename).collect();
+    // The tokenizer comes last, so that a cache that has it has everything.
+    files.sort_by_key(|file| file == "tokenizer.json");
+    for file in files.iter().filter(|file| is_needed(file)) {
+        repo.download_with_progress(file, Bar::new())?;
     }
     let config = repo.get("config.json")?;
     Ok(config.parent().unwrap_or(Path::new("/")).into())

@@ -3,6 +3,7 @@
 use super::*;
 use crate::engine::fake::{FakeModel, Script};
 use crate::text::tokenizer::tests::fixture;
+use protocol::node::ModelState;
 use std::sync::atomic::AtomicUsize;
 
 /// A host whose loads wait for a message each: an error to fail with, or a model.
