@@ -160,7 +160,7 @@ fn gather<const N: usize>(
     convert: impl Fn([u8; N]) -> f32 + Sync,
 ) -> Vec<f32> {
     let runs = match part {
-        None => vec![0..shape.iter().product()],
+        None => std::iter::once(0..shape.iter().product()).collect(),
         Some((dim, cut)) => runs(shape, dim, cut),
     };
     let mut numbers = vec![0.0; runs.iter().map(Range::len).sum()];

@@ -8,11 +8,13 @@ use crate::model::LoadError;
 use crate::parallel::Communicator;
 use candle_core::{DType, Device, Tensor};
 use checkpoint::Checkpoint;
+use std::cell::{RefCell, RefMut};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::rc::Rc;
+use std::sync::Arc;
 
 mod checkpoint;
 
@@ -22,7 +24,7 @@ pub use ::safetensors::SafeTensorError as FormatError;
 /// A path in a checkpoint, for one rank.
 #[derive(Clone)]
 pub struct Weights<'a> {
-    shared: Arc<Shared<'a>>,
+    shared: Rc<Shared<'a>>,
     prefix: String,
 }
 
@@ -31,7 +33,7 @@ struct Shared<'a> {
     device: Device,
     communicator: Arc<dyn Communicator>,
     progress: &'a (dyn Fn(f32) + 'a),
-    book: Mutex<Book>,
+    book: RefCell<Book>,
 }
 
 /// What loading has seen so far.
@@ -136,10 +138,10 @@ impl<'a> Weights<'a> {
             device: device.clone(),
             communicator,
             progress,
-            book: Mutex::default(),
+            book: RefCell::default(),
         };
         Ok(Self {
-            shared: Arc::new(shared),
+            shared: Rc::new(shared),
             prefix: String::new(),
         })
     }
@@ -221,7 +223,7 @@ impl<'a> Weights<'a> {
         width: usize,
     ) -> Result<Tensor, LoadError> {
         let share = self.share(name, parts);
-        let cut = vec![share.start * width..share.end * width];
+        let cut: Cut = std::iter::once(share.start * width..share.end * width).collect();
         self.cut(name, &[out, parts * width], Some((1, cut)))
     }
 
@@ -288,11 +290,8 @@ impl<'a> Weights<'a> {
         }
     }
 
-    fn book(&self) -> std::sync::MutexGuard<'_, Book> {
-        self.shared
-            .book
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn book(&self) -> RefMut<'_, Book> {
+        self.shared.book.borrow_mut()
     }
 
     fn place(&self) -> (usize, usize) {

@@ -47,7 +47,8 @@ impl Neuron {
     /// Starts one on a free port of loopback; `quiet` keeps its log lines back unless something is wrong.
     pub(super) async fn start(quiet: bool) -> Result<Self, ChildError> {
         let path = locate().await?;
-        let (mut child, address) = spawn(&path, SocketAddr::from(([127, 0, 0, 1], 0)), quiet).await?;
+        let (mut child, address) =
+            spawn(&path, SocketAddr::from(([127, 0, 0, 1], 0)), quiet).await?;
         Ok(Self {
             path,
             stdin: child.stdin.take(),
