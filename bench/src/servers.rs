@@ -131,6 +131,7 @@ impl Servers {
         let mut command = Command::new(path);
         command.arg("serve").arg("--config").arg(&config);
         command.stdout(Stdio::null());
+        command.env("CORTEX_LOG", "info,access=warn"); // as nginx runs here: without an access log
         let mut server = Server::start("cortex", command, folder)?;
         server.ready(metrics, "/health/ready").await?;
         self.proxies.push(Proxy {

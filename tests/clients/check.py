@@ -50,8 +50,8 @@ def openai_chat(base, model):
 
 def anthropic_messages(base, model):
     client = anthropic.Anthropic(base_url=base, api_key="unused", max_retries=0)
-    # ids of other generations of this API are listed the same way
-    ask = dict(model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=16, temperature=0)
+    # newer SDKs have no argument for the temperature, which the API still knows
+    ask = dict(model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=16, extra_body={"temperature": 0})
 
     whole = client.messages.create(**ask)
     text = "".join(block.text for block in whole.content if block.type == "text")
