@@ -1,10 +1,11 @@
 //! `neuron verify`: does a checkpoint give the numbers it should, on this machine, in pieces of any size?
 //!
 //! The golden file is one as `reference/make_fixtures.py` of this project's design notes makes: for prompts `lenN` the
-//! token ids, logits, a greedy continuation, and for some of them hidden states and the state after the prompt.
+//! token ids, logits, a greedy continuation, and for some of them hidden states, the logits of routers, those of drafts
+//! and the state after the prompt.
 
 use crate::memory::{LayerState, SequenceState};
-use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
+use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
 use candle_core::{DType, Device, Tensor, safetensors};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -72,6 +73,10 @@ pub struct Case {
     pub hidden: Option<(f32, Option<usize>)>,
     /// Largest difference of the state after the prompt, and the first layer where it is too large.
     pub state: Option<(f32, Option<usize>)>,
+    /// Largest difference of the logits of routers, and the first layer where it is too large.
+    pub routers: Option<(f32, Option<usize>)>,
+    /// Largest difference of the logits of drafts: the model's guess of the token after next.
+    pub drafts: Option<f32>,
     /// The greedy continuation: `Ok(n)` tokens are equal, or `Err(i)` is the first that is not.
     pub greedy: Option<Result<usize, usize>>,
 }
@@ -85,6 +90,8 @@ impl Case {
         self.logits <= tolerance
             && within(self.hidden)
             && within(self.state)
+            && within(self.routers)
+            && self.drafts.is_none_or(|diff| diff <= tolerance)
             && self.greedy.is_none_or(|greedy| greedy.is_ok())
     }
 }
@@ -101,8 +108,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:>6}  {:>9}  {:>9}  {:>9}  {:<18}  result",
-            "prompt", "logits", "hidden", "state", "greedy"
+            "{:>6}  {:>9}  {:>9}  {:>9}  {:>9}  {:>9}  {:<18}  result",
+            "prompt", "logits", "hidden", "state", "routers", "drafts", "greedy"
         )?;
         for case in &self.cases {
             let part = |part: Option<(f32, Option<usize>)>| {
@@ -119,12 +126,18 @@ impl fmt::Display for Report {
                 "FAILED"
             };
             let (hidden, state) = (part(case.hidden), part(case.state));
+            let routers = part(case.routers);
+            let drafts = part(case.drafts.map(|diff| (diff, None)));
             write!(
                 f,
-                "{:>6}  {:>9.1e}  {hidden:>9}  {state:>9}  {greedy:<18}  {result}",
+                "{:>6}  {:>9.1e}  {hidden:>9}  {state:>9}  {routers:>9}  {drafts:>9}  {greedy:<18}  {result}",
                 case.tokens, case.logits
             )?;
-            for (what, found) in [("hidden states", case.hidden), ("state", case.state)] {
+            for (what, found) in [
+                ("hidden states", case.hidden),
+                ("state", case.state),
+                ("routers", case.routers),
+            ] {
                 if let Some((_, Some(layer))) = found {
                     write!(f, "; {what} part first at layer {layer}")?;
                 }
@@ -151,8 +164,8 @@ impl fmt::Display for Report {
 /// When the model or the golden file cannot be read; a difference is no error, but in the report.
 pub fn run(args: &VerifyArgs) -> Result<Report, VerifyError> {
     let options = LoadOptions {
-        device: Device::Cpu,
-        context_length: None,
+        drafts: true,
+        ..LoadOptions::cpu()
     };
     let model = model::load(&args.model, &options, &|_| {})?;
     let golden = safetensors::load(&args.reference, &Device::Cpu).map_err(|source| {
@@ -214,10 +227,10 @@ fn verify_case(
     let prompt = golden.ids("input_ids")?.unwrap_or_default();
     let mut state = model.new_state()?;
     let mut logits = Vec::new();
-    let mut hidden: HashMap<usize, Vec<Tensor>> = HashMap::new();
+    let mut seen: HashMap<Seen, Vec<Tensor>> = HashMap::new();
     for piece in prompt.chunks(args.chunk.unwrap_or(usize::MAX)) {
         let batch = Batch::single(piece, LogitRows::All);
-        let keep = &mut |index, rows: &Tensor| hidden.entry(index).or_default().push(rows.clone());
+        let keep = &mut |what, rows: &Tensor| seen.entry(what).or_default().push(rows.clone());
         logits.push(model.forward_probed(&batch, &mut [&mut state], keep)?);
     }
     let logits = Tensor::cat(&logits, 0)?; // (tokens, vocab)
@@ -233,7 +246,17 @@ fn verify_case(
             .logits
             .max(max_diff(&logits.get(prompt.len() - 1)?, expected)?);
     }
-    case.hidden = compare_hidden(&golden, &hidden, args.tolerance)?;
+    let seen: HashMap<Seen, Tensor> = seen
+        .into_iter()
+        .map(|(what, pieces)| Ok((what, Tensor::cat(&pieces, 0)?)))
+        .collect::<Result<_, candle_core::Error>>()?;
+    case.hidden = compare_hidden(&golden, &seen, args.tolerance)?;
+    case.routers = compare_routers(&golden, &seen, args.tolerance)?;
+    if let (Some(expected), Some(hidden)) = (golden.get("mtp_logits"), seen.get(&Seen::HeadInput))
+        && let Some(drafts) = draft(model, &prompt, hidden, args.chunk)?
+    {
+        case.drafts = Some(max_diff(&drafts, expected)?);
+    }
     case.state = compare_state(&golden, &state, args.tolerance)?;
     if let Some(expected) = golden.ids("greedy_ids")? {
         let (ids, chosen_from) = continue_greedily(
@@ -254,23 +277,66 @@ fn verify_case(
     Ok(case)
 }
 
+/// The logits that the drafting layer gives for every token of the prompt but the last, if the model has one.
+fn draft(
+    model: &dyn CausalLm,
+    prompt: &[u32],
+    hidden: &Tensor,
+    chunk: Option<usize>,
+) -> Result<Option<Tensor>, VerifyError> {
+    let mut state = model.new_state()?;
+    let mut logits = Vec::new();
+    let mut start = 0;
+    for piece in prompt[1..].chunks(chunk.unwrap_or(usize::MAX)) {
+        let batch = Batch::single(piece, LogitRows::All);
+        let hidden = hidden.narrow(0, start, piece.len())?;
+        match model.draft(&batch, &hidden, &mut [&mut state]) {
+            Some(rows) => logits.push(rows?),
+            None => return Ok(None),
+        }
+        start += piece.len();
+    }
+    Ok(Some(Tensor::cat(&logits, 0)?))
+}
+
 fn compare_hidden(
     golden: &Golden<'_>,
-    hidden: &HashMap<usize, Vec<Tensor>>,
+    seen: &HashMap<Seen, Tensor>,
     tolerance: f32,
 ) -> Result<Option<(f32, Option<usize>)>, candle_core::Error> {
-    let last = hidden.keys().copied().max().unwrap_or(0);
-    let named = (0..last)
-        .map(|index| (index, format!("hidden/{index}")))
-        .chain([(last, "final_norm".into())]);
+    let layers = seen
+        .keys()
+        .filter(|what| matches!(what, Seen::Hidden(_)))
+        .count();
+    let named = (0..layers)
+        .map(|index| (index, Seen::Hidden(index), format!("hidden/{index}")))
+        .chain([(layers, Seen::HeadInput, "final_norm".into())]);
     let pairs =
-        named.filter_map(|(index, key)| Some((index, golden.get(&key)?, hidden.get(&index)?)));
+        named.filter_map(|(index, what, key)| Some((index, golden.get(&key)?, seen.get(&what)?)));
     worst(
-        pairs.map(|(index, expected, pieces)| {
-            Ok((index, max_diff(&Tensor::cat(pieces, 0)?, expected)?))
-        }),
+        pairs.map(|(index, expected, found)| Ok((index, max_diff(found, expected)?))),
         tolerance,
     )
+}
+
+fn compare_routers(
+    golden: &Golden<'_>,
+    seen: &HashMap<Seen, Tensor>,
+    tolerance: f32,
+) -> Result<Option<(f32, Option<usize>)>, candle_core::Error> {
+    let mut routers: Vec<(usize, &Tensor)> = seen
+        .iter()
+        .filter_map(|(what, found)| match what {
+            Seen::Router(layer) => Some((*layer, found)),
+            _ => None,
+        })
+        .collect();
+    routers.sort_unstable_by_key(|(layer, _)| *layer);
+    let differences = routers.into_iter().filter_map(|(layer, found)| {
+        let expected = golden.get(&format!("trace/{layer}/router_logits"))?;
+        Some(max_diff(found, expected).map(|diff| (layer, diff)))
+    });
+    worst(differences, tolerance)
 }
 
 fn compare_state(

@@ -373,6 +373,7 @@ impl Shared {
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
+            drafts: false,
         };
         let model = (self.loader)(&folder, &options, &|share| {
             progress.store(share.to_bits(), Ordering::Relaxed);

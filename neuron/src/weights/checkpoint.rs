@@ -1,5 +1,6 @@
 //! Safetensors files, mapped into memory and read a tensor at a time.
 
+use super::names::{GroupedHeads, canonical};
 use super::{Cut, Fault};
 use crate::model::LoadError;
 use half::{bf16, f16};
@@ -18,12 +19,67 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Where a tensor lies.
-struct Entry {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Its bytes in the file.
-    bytes: Range<usize>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) file: usize,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Its bytes in the file, in order: one range, or several where the file has its rows in another order.
+    pub(super) bytes: Vec<Range<usize>>,
+}
+
+impl Entry {
+    /// Numbers in it.
+    fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of one number.
+    fn size(&self) -> usize {
+        self.byte_count() / self.count().max(1)
+    }
+
+    fn byte_count(&self) -> usize {
+        self.bytes.iter().map(Range::len).sum()
+    }
+
+    /// The bytes of the numbers in `run`, in order.
+    fn locate(&self, run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let size = self.size();
+        let (start, end) = (run.start * size, run.end * size);
+        let mut before = 0;
+        self.bytes.iter().filter_map(move |piece| {
+            let own = before..before + piece.len();
+            before = own.end;
+            let (from, to) = (start.max(own.start), end.min(own.end));
+            (from < to).then(|| piece.start + from - own.start..piece.start + to - own.start)
+        })
+    }
+
+    /// A tensor made of the given ranges of this one's first dimension, in that order.
+    pub(super) fn rows(&self, ranges: &[Range<usize>]) -> Self {
+        let width: usize = self.shape[1..].iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = ranges.iter().map(Range::len).sum();
+        let bytes = ranges
+            .iter()
+            .flat_map(|range| self.locate(range.start * width..range.end * width))
+            .collect();
+        Self {
+            file: self.file,
+            dtype: self.dtype,
+            shape,
+            bytes,
+        }
+    }
+
+    /// The part `index` of a stack of tensors.
+    pub(super) fn part(&self, index: usize) -> Self {
+        let one = index..index + 1;
+        let mut part = self.rows(std::slice::from_ref(&one));
+        part.shape.remove(0);
+        part
+    }
 }
 
 /// The files of a checkpoint and what is in them.
@@ -39,7 +95,8 @@ struct Index {
 }
 
 impl Checkpoint {
-    pub(super) fn open(folder: &Path) -> Result<Self, LoadError> {
+    /// Opens the files in `folder` and gives each tensor the name and the shape a model asks for, see [`canonical`].
+    pub(super) fn open(folder: &Path, heads: GroupedHeads) -> Result<Self, LoadError> {
         let mut checkpoint = Self {
             folder: folder.to_path_buf(),
             files: Vec::new(),
@@ -60,6 +117,7 @@ impl Checkpoint {
         for name in names {
             checkpoint.add(name)?;
         }
+        checkpoint.entries = canonical(checkpoint.entries, heads);
         Ok(checkpoint)
     }
 
@@ -78,7 +136,8 @@ impl Checkpoint {
                 file: self.files.len(),
                 dtype: info.dtype,
                 shape: info.shape.clone(),
-                bytes: start + info.data_offsets.0..start + info.data_offsets.1,
+                bytes: std::iter::once(start + info.data_offsets.0..start + info.data_offsets.1)
+                    .collect(),
             };
             self.entries.insert(tensor, entry);
         }
@@ -98,7 +157,7 @@ impl Checkpoint {
     pub(super) fn bytes(&self) -> u64 {
         self.entries
             .values()
-            .map(|entry| entry.bytes.len() as u64)
+            .map(|entry| entry.byte_count() as u64)
             .sum()
     }
 
@@ -129,13 +188,12 @@ impl Checkpoint {
                 needed: shape.to_vec(),
             });
         }
-        let bytes = &mapped[entry.bytes.clone()];
         let numbers = match entry.dtype {
-            Dtype::F32 => gather(bytes, shape, part, |b: [u8; 4]| f32::from_le_bytes(b)),
-            Dtype::F16 => gather(bytes, shape, part, |b: [u8; 2]| {
+            Dtype::F32 => gather(mapped, entry, part, |b: [u8; 4]| f32::from_le_bytes(b)),
+            Dtype::F16 => gather(mapped, entry, part, |b: [u8; 2]| {
                 f16::from_le_bytes(b).to_f32()
             }),
-            Dtype::BF16 => gather(bytes, shape, part, |b: [u8; 2]| {
+            Dtype::BF16 => gather(mapped, entry, part, |b: [u8; 2]| {
                 bf16::from_le_bytes(b).to_f32()
             }),
             other => {
@@ -146,31 +204,29 @@ impl Checkpoint {
                 });
             }
         };
-        let size = entry.bytes.len() / shape.iter().product::<usize>().max(1);
-        let read = (numbers.len() * size) as u64;
+        let read = (numbers.len() * entry.size()) as u64;
         Ok((numbers, read))
     }
 }
 
-/// The numbers that `part` names, in order.
+/// The numbers of `entry` that `part` names, in order.
 fn gather<const N: usize>(
-    bytes: &[u8],
-    shape: &[usize],
+    mapped: &[u8],
+    entry: &Entry,
     part: Option<(usize, &[Range<usize>])>,
     convert: impl Fn([u8; N]) -> f32 + Sync,
 ) -> Vec<f32> {
     let runs = match part {
-        None => std::iter::once(0..shape.iter().product()).collect(),
-        Some((dim, cut)) => runs(shape, dim, cut),
+        None => std::iter::once(0..entry.count()).collect(),
+        Some((dim, cut)) => runs(&entry.shape, dim, cut),
     };
     let mut numbers = vec![0.0; runs.iter().map(Range::len).sum()];
     let mut rest = &mut numbers[..];
-    for run in runs {
-        let (own, after) = rest.split_at_mut(run.len());
-        let source = &bytes[run.start * N..run.end * N];
+    for bytes in runs.into_iter().flat_map(|run| entry.locate(run)) {
+        let (own, after) = rest.split_at_mut(bytes.len() / N);
         own.par_iter_mut()
             .with_min_len(1 << 16)
-            .zip(source.par_chunks_exact(N))
+            .zip(mapped[bytes].par_chunks_exact(N))
             .for_each(|(number, bytes)| {
                 *number = convert(bytes.try_into().expect("chunks of N bytes"));
             });

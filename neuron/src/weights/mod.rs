@@ -17,6 +17,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 mod checkpoint;
+mod names;
+
+pub use names::GroupedHeads;
 
 /// What is wrong with a weights file.
 pub use ::safetensors::SafeTensorError as FormatError;
@@ -122,17 +125,19 @@ impl fmt::Display for Fault {
 type Cut = Vec<Range<usize>>;
 
 impl<'a> Weights<'a> {
-    /// Opens the safetensors files in `folder`: one, or those that an index names.
+    /// Opens the safetensors files in `folder`: one, or those that an index names. `heads` are those of the linear
+    /// attention, by which some checkpoints group rows.
     ///
     /// # Errors
     /// When a file is missing, cut short or no safetensors file.
     pub fn open(
         folder: &Path,
+        heads: GroupedHeads,
         device: &Device,
         communicator: Arc<dyn Communicator>,
         progress: &'a dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let checkpoint = Checkpoint::open(folder)?;
+        let checkpoint = Checkpoint::open(folder, heads)?;
         let shared = Shared {
             checkpoint,
             device: device.clone(),

@@ -7,7 +7,37 @@ use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
-/// A projection whose output is shared among ranks, or whole on each.
+/// A projection that every rank holds and computes whole.
+#[derive(Debug)]
+pub struct ReplicatedLinear {
+    weight: Tensor,
+}
+
+impl ReplicatedLinear {
+    /// Loads `name.weight`, `[output, input]`.
+    ///
+    /// # Errors
+    /// As [`Weights::replicated`].
+    pub fn load(
+        weights: &Weights<'_>,
+        name: &str,
+        output: usize,
+        input: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        let weight = weights.pp(name).replicated("weight", &[output, input])?;
+        Ok(Self { weight })
+    }
+
+    /// `x · Wᵀ`: (t, input) → (t, output).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight)
+    }
+}
+
+/// A projection whose output is shared among ranks.
 #[derive(Debug)]
 pub struct ColumnParallelLinear {
     weight: Tensor,
@@ -92,6 +122,14 @@ impl RowParallelLinear {
     /// # Errors
     /// When an operation on the device or between ranks fails.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.communicator.all_reduce(&linear(x, &self.weight)?)
+        self.communicator.all_reduce(&self.partial(x)?)
+    }
+
+    /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub fn partial(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight)
     }
 }

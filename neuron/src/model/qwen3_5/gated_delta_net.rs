@@ -1,13 +1,14 @@
 //! Linear attention: a gated delta net.
 
+use super::Pass;
 use super::config::Config;
 use crate::kernels::causal_conv::causal_conv;
 use crate::kernels::delta_rule::{Heads, delta_rule};
 use crate::kernels::norm::gated_rms_norm;
 use crate::kernels::{sigmoid, with_f32};
-use crate::memory::{DeltaState, LayerState, SequenceState};
+use crate::memory::{DeltaState, LayerState};
+use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
-use crate::model::{Batch, LoadError};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 
@@ -93,8 +94,7 @@ impl GatedDeltaNet {
         &self,
         x: &Tensor,
         layer: usize,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
+        pass: &mut Pass<'_, '_>,
     ) -> Result<Tensor> {
         let heads = self.heads;
         let (value, channels) = (heads.value, heads.channels());
@@ -108,9 +108,9 @@ impl GatedDeltaNet {
             let head = index % value;
             *a = -self.decay_rate[head] * softplus(*a + self.dt_bias[head]);
         }
-        let mut mixed = Vec::with_capacity(batch.ids.len() * value * heads.value_dim);
-        for segment in &batch.segments {
-            let LayerState::Delta(state) = &mut states[segment.state].layers[layer] else {
+        let mut mixed = Vec::with_capacity(pass.batch.ids.len() * value * heads.value_dim);
+        for segment in &pass.batch.segments {
+            let LayerState::Delta(state) = &mut pass.states[segment.state].layers[layer] else {
                 candle_core::bail!("layer {layer} keeps a recurrent state, its state does not");
             };
             let rows = segment.rows.clone();
