@@ -5,6 +5,7 @@
 use candle_core::{Device, Tensor, safetensors};
 use neuron::model::{self, Batch, LoadError, LoadOptions, LogitRows};
 use neuron::parallel::{Communicator, Threads};
+use neuron::quant::Format;
 use neuron::verify::{self, VerifyArgs};
 use std::collections::HashMap;
 use std::fs;
@@ -24,6 +25,17 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/fixtures/models")
         .join(name)
+}
+
+fn args(name: &str) -> VerifyArgs {
+    VerifyArgs {
+        model: fixture(name),
+        reference: fixture(name).join("golden.safetensors"),
+        chunk: None,
+        tolerance: TOLERANCE,
+        quant: None,
+        max_kl: None,
+    }
 }
 
 fn golden(name: &str) -> HashMap<String, Tensor> {
@@ -64,10 +76,8 @@ fn every_golden_number_is_met_whole_and_in_pieces_of_any_size() {
             Some(65),
         ] {
             let args = VerifyArgs {
-                model: fixture(name),
-                reference: fixture(name).join("golden.safetensors"),
                 chunk,
-                tolerance: TOLERANCE,
+                ..args(name)
             };
             let report = verify::run(&args).unwrap();
             assert!(report.passed(), "{name} in pieces of {chunk:?}:\n{report}");
@@ -94,6 +104,27 @@ fn every_golden_number_is_met_whole_and_in_pieces_of_any_size() {
     }
 }
 
+/// Bounds on the mean KL for weights that are rounded, over all fixtures: twice what was measured.
+#[test]
+fn rounded_weights_stay_near_the_golden_predictions() {
+    for (quant, bound) in [
+        (Format::F32, 1e-8),
+        (Format::F16, 2e-5),
+        (Format::Bf16, 1.5e-3),
+        (Format::Q8_0, 1.3e-2),
+    ] {
+        for name in FIXTURES {
+            let report = verify::run(&VerifyArgs {
+                quant: Some(quant),
+                max_kl: Some(bound),
+                ..args(name)
+            })
+            .unwrap();
+            assert!(report.passed(), "{name} in {quant}:\n{report}");
+        }
+    }
+}
+
 #[test]
 fn a_wrong_number_fails_and_names_the_layer() {
     let folder = tempfile::tempdir().unwrap();
@@ -103,10 +134,8 @@ fn a_wrong_number_fails_and_names_the_layer() {
     *hidden = (&*hidden + 0.01).unwrap();
     safetensors::save(&golden, &reference).unwrap();
     let args = VerifyArgs {
-        model: fixture("qwen3_5_text"),
         reference,
-        chunk: None,
-        tolerance: TOLERANCE,
+        ..args("qwen3_5_text")
     };
     let report = verify::run(&args).unwrap();
     assert!(!report.passed());

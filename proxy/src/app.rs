@@ -83,6 +83,7 @@ impl App {
         tokio::join!(
             self.fleet.run(),
             self.lifecycle.run(),
+            self.upstream.close_old(),
             self.reload_on_hangup()
         );
     }

@@ -10,6 +10,7 @@ pub use batch::{Batch, LogitRows, Segment};
 
 use crate::memory::SequenceState;
 use crate::parallel::{Communicator, Solo};
+use crate::quant::Format;
 use crate::weights::{Fault, Weights};
 use candle_core::{Device, Tensor};
 use qwen3_5::Qwen3_5ForCausalLm;
@@ -103,6 +104,8 @@ pub struct LoadOptions {
     pub context_length: Option<usize>,
     /// Whether to load the layer that drafts tokens, where there is one.
     pub drafts: bool,
+    /// The number format weight matrices are held in, see [`format_of`](crate::quant::format_of); that of the files when absent.
+    pub quant: Option<Format>,
 }
 
 impl LoadOptions {
@@ -113,6 +116,7 @@ impl LoadOptions {
             device: Device::Cpu,
             context_length: None,
             drafts: false,
+            quant: None,
         }
     }
 }
@@ -148,7 +152,14 @@ pub fn load_rank(
     }
     let config = Config::read(folder, options.context_length)?;
     let heads = config.grouped_heads();
-    let weights = Weights::open(folder, heads, &options.device, communicator, progress)?;
+    let weights = Weights::open(
+        folder,
+        heads,
+        &options.device,
+        options.quant,
+        communicator,
+        progress,
+    )?;
     Ok(Box::new(Qwen3_5ForCausalLm::load(
         config, &weights, options,
     )?))

@@ -1,11 +1,11 @@
 //! Safetensors files, mapped into memory and read a tensor at a time.
 
+use super::Fault;
 use super::names::{GroupedHeads, canonical};
-use super::{Cut, Fault};
 use crate::model::LoadError;
+use crate::quant::Format;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
@@ -165,14 +165,8 @@ impl Checkpoint {
         self.entries.get(name).map(|entry| &entry.shape[..])
     }
 
-    /// The numbers of a tensor as f32, or of the ranges `cut` along one of its first two dimensions; and how many
-    /// bytes of the file they are.
-    pub(super) fn read(
-        &self,
-        name: &str,
-        shape: &[usize],
-        part: Option<(usize, &[Range<usize>])>,
-    ) -> Result<(Vec<f32>, u64), Fault> {
+    /// The tensor `name`, which must have `shape` and numbers of a kind that is read.
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Source<'_>, Fault> {
         let Some(entry) = self.entries.get(name) else {
             return Err(Fault::Missing {
                 name: name.into(),
@@ -188,14 +182,10 @@ impl Checkpoint {
                 needed: shape.to_vec(),
             });
         }
-        let numbers = match entry.dtype {
-            Dtype::F32 => gather(mapped, entry, part, |b: [u8; 4]| f32::from_le_bytes(b)),
-            Dtype::F16 => gather(mapped, entry, part, |b: [u8; 2]| {
-                f16::from_le_bytes(b).to_f32()
-            }),
-            Dtype::BF16 => gather(mapped, entry, part, |b: [u8; 2]| {
-                bf16::from_le_bytes(b).to_f32()
-            }),
+        let format = match entry.dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
             other => {
                 return Err(Fault::Format {
                     file: file.clone(),
@@ -204,58 +194,47 @@ impl Checkpoint {
                 });
             }
         };
-        let read = (numbers.len() * entry.size()) as u64;
-        Ok((numbers, read))
-    }
-}
-
-/// The numbers of `entry` that `part` names, in order.
-fn gather<const N: usize>(
-    mapped: &[u8],
-    entry: &Entry,
-    part: Option<(usize, &[Range<usize>])>,
-    convert: impl Fn([u8; N]) -> f32 + Sync,
-) -> Vec<f32> {
-    let runs = match part {
-        None => std::iter::once(0..entry.count()).collect(),
-        Some((dim, cut)) => runs(&entry.shape, dim, cut),
-    };
-    let mut numbers = vec![0.0; runs.iter().map(Range::len).sum()];
-    let mut rest = &mut numbers[..];
-    for bytes in runs.into_iter().flat_map(|run| entry.locate(run)) {
-        let (own, after) = rest.split_at_mut(bytes.len() / N);
-        own.par_iter_mut()
-            .with_min_len(1 << 16)
-            .zip(mapped[bytes].par_chunks_exact(N))
-            .for_each(|(number, bytes)| {
-                *number = convert(bytes.try_into().expect("chunks of N bytes"));
-            });
-        rest = after;
-    }
-    numbers
-}
-
-/// The contiguous runs of elements that a cut along `dim` leaves.
-fn runs(shape: &[usize], dim: usize, cut: &[Range<usize>]) -> Cut {
-    let inner: usize = shape[dim + 1..].iter().product();
-    let outer: usize = shape[..dim].iter().product();
-    (0..outer)
-        .flat_map(|row| {
-            let start = row * shape[dim] * inner;
-            cut.iter()
-                .map(move |range| start + range.start * inner..start + range.end * inner)
+        Ok(Source {
+            format,
+            entry,
+            mapped,
         })
-        .collect()
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A tensor in a file.
+pub(super) struct Source<'a> {
+    /// How the file has its numbers.
+    pub(super) format: Format,
+    entry: &'a Entry,
+    mapped: &'a [u8],
+}
 
-    #[test]
-    fn a_cut_takes_the_named_ranges_in_order() {
-        assert_eq!(runs(&[4, 3], 0, &[1..2, 3..4]), [3..6, 9..12]);
-        assert_eq!(runs(&[2, 6], 1, &[0..1, 4..6]), [0..1, 4..6, 6..7, 10..12]);
-        assert_eq!(runs(&[3, 1, 4], 0, &[0..1, 2..3]), [0..4, 8..12]);
+impl Source<'_> {
+    /// Bytes in the file of `count` of its numbers.
+    pub(super) fn bytes(&self, count: usize) -> u64 {
+        (count * self.entry.size()) as u64
+    }
+
+    /// The numbers of `run`, counted through the whole tensor, as f32; `out` is as long.
+    pub(super) fn decode(&self, run: Range<usize>, mut out: &mut [f32]) {
+        let size = self.entry.size();
+        for bytes in self.entry.locate(run) {
+            let (own, rest) = out.split_at_mut(bytes.len() / size);
+            let bytes = &self.mapped[bytes];
+            match self.format {
+                Format::F32 => convert(bytes, own, f32::from_le_bytes),
+                Format::F16 => convert(bytes, own, |b| f16::from_le_bytes(b).to_f32()),
+                Format::Bf16 => convert(bytes, own, |b| bf16::from_le_bytes(b).to_f32()),
+                Format::Q8_0 => unreachable!("safetensors files hold no blocks"),
+            }
+            out = rest;
+        }
+    }
+}
+
+fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+    for (number, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
+        *number = convert(bytes.try_into().expect("chunks of N bytes"));
     }
 }

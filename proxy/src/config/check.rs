@@ -270,6 +270,7 @@ fn catalogue(file: ModelsFile, checker: &mut Checker) -> Catalogue {
             source: local_source(&checker.file, &model.source),
             memory,
             context_length: model.context_length,
+            quant: model.quant,
             pinned: model.pinned,
             priority: model.priority,
             aliases: model

@@ -1,6 +1,7 @@
 //! What the gateway is to do: the files as written ([`settings`]), and what they mean ([`Config`]).
 
 use filters::route::RoutingPolicy;
+use protocol::node::WeightFormat;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -93,6 +94,7 @@ pub(crate) struct Model {
     /// Bytes it takes on a device; `None` while nobody has said.
     pub(crate) memory: Option<u64>,
     pub(crate) context_length: Option<u64>,
+    pub(crate) quant: Option<WeightFormat>,
     /// Loaded at start and never evicted.
     pub(crate) pinned: bool,
     /// Higher stays longer under the strategy `priority`.
@@ -177,6 +179,7 @@ fn one_model(model: &str) -> settings::ModelsFile {
         source,
         memory: None,
         context_length: None,
+        quant: None,
         pinned: false,
         priority: 0,
         aliases: Vec::new(),

@@ -1,6 +1,7 @@
 //! The configuration files as written: one struct per table, unknown keys refused, no other type known.
 
 use super::check::Fault;
+use protocol::node::WeightFormat;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -82,6 +83,8 @@ pub(crate) struct Model {
     pub(crate) memory: Option<String>,
     #[serde(default)]
     pub(crate) context_length: Option<u64>,
+    #[serde(default)]
+    pub(crate) quant: Option<WeightFormat>,
     #[serde(default)]
     pub(crate) pinned: bool,
     #[serde(default)]

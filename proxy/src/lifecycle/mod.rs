@@ -256,6 +256,7 @@ impl Lifecycle {
                 id: id.to_string(),
                 source: model.source.clone(),
                 context_length: model.context_length,
+                quant: model.quant,
             })
         });
         tracing::info!(

@@ -26,6 +26,11 @@ impl Upstream {
     pub(crate) fn new(client: Client) -> Self {
         Self { client }
     }
+
+    /// Closes connections that have waited too long for a request. Never ends.
+    pub(crate) async fn close_old(&self) {
+        self.client.close_old().await;
+    }
 }
 
 impl Service<Request> for Upstream {

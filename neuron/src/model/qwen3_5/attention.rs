@@ -40,8 +40,8 @@ impl Attention {
         let k_proj = ColumnParallelLinear::load(weights, "k_proj", kv_heads, dim, hidden)?;
         let v_proj = ColumnParallelLinear::load(weights, "v_proj", kv_heads, dim, hidden)?;
         Ok(Self {
-            heads: q_proj.width()? / (2 * dim),
-            kv_heads: k_proj.width()? / dim,
+            heads: q_proj.width() / (2 * dim),
+            kv_heads: k_proj.width() / dim,
             head_dim: dim,
             q_proj,
             k_proj,

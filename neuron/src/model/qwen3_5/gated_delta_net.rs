@@ -51,14 +51,16 @@ impl GatedDeltaNet {
             |name, width| ColumnParallelLinear::load(weights, name, value_heads, width, hidden);
         let by_head = |name| -> std::result::Result<Vec<f32>, LoadError> {
             Ok(weights
-                .column_parallel(name, value_heads, 1, &[])?
+                .column_parallel(name, value_heads, 1, &[])
+                .tensor()?
                 .to_vec1()?)
         };
         let conv1d = weights
             .pp("conv1d")
-            .split_columns("weight", &blocks, &[1, taps])?; // (channels, 1, taps)
+            .split_columns("weight", &blocks, &[1, taps])
+            .tensor()?; // (channels, 1, taps)
         let in_proj_z = column("in_proj_z", value_dim)?;
-        let value = in_proj_z.width()? / value_dim;
+        let value = in_proj_z.width() / value_dim;
         let key = (conv1d.dims()[0] - value * value_dim) / (2 * key_dim);
         Ok(Self {
             in_proj_qkv: ColumnParallelLinear::load_blocks(
@@ -76,7 +78,8 @@ impl GatedDeltaNet {
             dt_bias: by_head("dt_bias")?,
             norm: weights
                 .pp("norm")
-                .replicated("weight", &[value_dim])?
+                .replicated("weight", &[value_dim])
+                .tensor()?
                 .to_vec1()?,
             eps: config.rms_norm_eps,
             out_proj: RowParallelLinear::load(weights, "out_proj", hidden, value_heads, value_dim)?,
