@@ -114,10 +114,10 @@ impl ErrorKind {
             Self::NotFound => Some("unknown_path"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::Conflict => Some("conflict"),
+            Self::UnsupportedMediaType => Some("unsupported_media_type"),
             Self::InvalidRequest
             | Self::Forbidden
             | Self::RequestTimeout
-            | Self::UnsupportedMediaType
             | Self::HeadersTooLarge
             | Self::Internal => None,
         }
@@ -160,6 +160,8 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
     /// Methods the path has, for a 405.
     pub allow: Option<&'static str>,
+    /// Encodings that bodies may have, for a 415.
+    pub accept_encoding: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -175,6 +177,7 @@ impl ApiError {
             param: None,
             retry_after: None,
             allow: None,
+            accept_encoding: None,
             source: None,
         }
     }

@@ -87,6 +87,9 @@ pub struct ModelStatus {
     /// Longest prompt plus answer in tokens; zero while unknown.
     #[serde(default)]
     pub context_length: u64,
+    /// What it can do: `chat`, `completions`, `tools`, `thinking`, `images`, `structured_outputs`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub capabilities: Vec<String>,
     /// Requests running or waiting on it.
     #[serde(default)]
     pub in_flight: u64,

@@ -123,6 +123,7 @@ impl App {
                 new.metrics_listen != old.metrics_listen,
             ),
             ("gateway.threads", new.threads != old.threads),
+            ("tls", new.tls != old.tls),
             (
                 "timeouts.connect",
                 new.timeouts.connect != old.timeouts.connect,
@@ -133,6 +134,7 @@ impl App {
         }
         (new.listen, new.metrics_listen, new.threads) =
             (old.listen, old.metrics_listen, old.threads);
+        new.tls.clone_from(&old.tls);
         let new = Arc::new(new);
         self.fleet.set_members(&new.neurons, new.poll);
         let serving = serving(

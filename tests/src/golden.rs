@@ -96,7 +96,9 @@ async fn run(path: &str, sent: &[u8], pieces: Vec<Vec<u8>>, streamed: bool) -> (
     (upstream, String::from_utf8(reply.to_vec()).unwrap())
 }
 
-fn updating() -> bool {
+/// Whether what is seen is to be written down instead of compared.
+#[must_use]
+pub fn updating() -> bool {
     std::env::vars().any(|(name, _)| name == "UPDATE_GOLDEN")
 }
 

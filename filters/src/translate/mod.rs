@@ -4,15 +4,18 @@
 
 use crate::resolve::Route;
 use crate::{Failure, Request, Response, ResponseFuture};
-use bytes::Bytes;
+use bytes::{BufMut, Bytes};
 use protocol::ApiError;
-use protocol::chat::ChatChunk;
+use protocol::chat::{ChatChunk, ChatRequest};
+use protocol::models::ModelCard;
 use std::fmt::Debug;
 use std::task::{Context, Poll};
 use tower::{Layer, Service};
 
 pub mod chat;
+pub mod fields;
 pub mod messages;
+pub mod openai;
 mod stream;
 
 pub use stream::Translated;
@@ -35,6 +38,15 @@ pub trait Dialect: Debug + Send + Sync + 'static {
         None
     }
 
+    /// The reply of `GET /v1/models`: `cards`, as far as `query` asks for them.
+    ///
+    /// # Errors
+    /// 400 naming the parameter, where the query makes no sense.
+    fn models(&self, cards: Vec<ModelCard>, query: &str) -> Result<Bytes, ApiError>;
+
+    /// The reply of `GET /v1/models/{id}`.
+    fn model(&self, card: &ModelCard) -> Bytes;
+
     /// How to translate; `None` where the dialect is the canonical one and bytes pass untouched.
     fn translation(&self) -> Option<&dyn Translation> {
         None
@@ -43,11 +55,21 @@ pub trait Dialect: Debug + Send + Sync + 'static {
 
 /// How a dialect that is not the canonical one becomes it.
 pub trait Translation: Send + Sync {
+    /// Where on a node the translated request goes.
+    fn upstream_path(&self) -> &'static str {
+        "/v1/chat/completions"
+    }
+
     /// The chat request that asks for the same.
     ///
     /// # Errors
     /// 400 naming the field, where the meaning would be lost.
-    fn request(&self, body: &Bytes) -> Result<Bytes, ApiError>;
+    fn request(&self, body: &[u8]) -> Result<ChatRequest, ApiError>;
+
+    /// An error that a node found in the translated request, with its field named as the caller knows it.
+    fn refusal(&self, error: ApiError) -> ApiError {
+        error
+    }
 
     /// The reply that says what this whole chat reply says.
     ///
@@ -71,17 +93,35 @@ pub trait Translator: Send {
     fn keep_alive(&mut self, out: &mut Vec<u8>);
 }
 
+/// A wire type as the bytes of a body.
+fn written(value: &impl serde::Serialize) -> Bytes {
+    serde_json::to_vec(value)
+        .expect("wire types always serialise")
+        .into()
+}
+
+/// The same in the memory of `old`, which is no longer needed: a large image is then held twice, not thrice.
+fn rewritten(old: Bytes, value: &impl serde::Serialize) -> Bytes {
+    let mut room = old.try_into_mut().unwrap_or_default();
+    room.clear();
+    let mut writer = room.writer();
+    serde_json::to_writer(&mut writer, value).expect("wire types always serialise");
+    writer.into_inner().freeze()
+}
+
 /// The dialect spoken on a path.
 #[must_use]
-pub fn of_route(route: Route, headers: &http::HeaderMap) -> &'static dyn Dialect {
+pub fn of_route(route: Route, head: &http::request::Parts) -> &'static dyn Dialect {
     match route {
         Route::Messages => &messages::Messages,
+        Route::CountTokens => &messages::CountTokens,
         // paths that several APIs have: Anthropic's clients always say which version they speak
         Route::Models | Route::Model | Route::Unknown
-            if headers.contains_key("anthropic-version") =>
+            if head.headers.contains_key("anthropic-version") =>
         {
             &messages::Messages
         }
+        Route::Unknown if head.uri.path().starts_with("/v1/messages/") => &messages::Messages,
         _ => &chat::Chat,
     }
 }
@@ -120,14 +160,20 @@ where
         let Some(translation) = request.exchange.dialect.translation() else {
             return self.inner.call(request);
         };
-        match translation.request(&request.body) {
-            Ok(body) => request.body = body,
+        let chat = match translation.request(&request.body) {
+            Ok(chat) => chat,
             Err(error) => return Box::pin(std::future::ready(Err(error.into()))),
-        }
-        request.head.uri = http::Uri::from_static("/v1/chat/completions");
+        };
+        request.body = rewritten(std::mem::take(&mut request.body), &chat);
+        drop(chat);
+        request.head.uri = http::Uri::from_static(translation.upstream_path());
         let response = self.inner.call(request);
         Box::pin(async move {
-            let (head, body) = response.await?.into_parts();
+            let response = response.await.map_err(|failure| Failure {
+                error: translation.refusal(failure.error),
+                ..failure
+            })?;
+            let (head, body) = response.into_parts();
             let body = body
                 .try_map_whole(|bytes| translation.reply(bytes))?
                 .map_stream(|body| Translated::new(body, translation.translator()));

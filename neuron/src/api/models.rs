@@ -108,6 +108,7 @@ fn unknown(id: &str) -> ApiError {
 fn card_of(status: ModelStatus) -> ModelCard {
     ModelCard {
         context_length: (status.context_length > 0).then_some(status.context_length),
+        capabilities: Some(status.capabilities),
         state: Some(status.state.as_str().into()),
         ..ModelCard::new(status.id, "neuron", status.since)
     }

@@ -1,7 +1,7 @@
 //! From what is written to what it means: one fault per broken rule, each with a remedy.
 
 use super::settings::{self, ModelsFile, Settings};
-use super::{Config, Eviction, Model, Neuron, Poll, Strategy, Timeouts};
+use super::{Config, Cors, Eviction, Model, Neuron, Poll, Strategy, Timeouts, Tls};
 use filters::route;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -126,6 +126,8 @@ pub(super) fn check(
 fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Config {
     let Settings {
         gateway,
+        tls,
+        cors,
         timeouts,
         fleet,
         eviction,
@@ -163,6 +165,7 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
     Config {
         listen: checker.address("gateway.listen", &gateway.listen),
         metrics_listen: checker.address("gateway.metrics_listen", &gateway.metrics_listen),
+        tls: listener(tls, file, checker),
         threads: if gateway.threads == 0 {
             cores
         } else {
@@ -173,6 +176,7 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
         max_waiting: gateway.max_waiting,
         attempts: gateway.attempts,
         routing: routing.expect("the first policy of the list exists"),
+        cors: pages(&cors, checker),
         timeouts: Timeouts {
             connect: checker.duration("timeouts.connect", &timeouts.connect),
             request_body: checker.duration("timeouts.request_body", &timeouts.request_body),
@@ -196,6 +200,57 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
         default_model: None,
         file: file.map(Path::to_path_buf),
     }
+}
+
+/// The listener in TLS. Its files stand beside the configuration unless their paths are absolute.
+fn listener(tls: settings::Tls, file: Option<&Path>, checker: &mut Checker) -> Option<Tls> {
+    if tls.listen.is_empty() {
+        return None;
+    }
+    let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+    let mut read = |key: &str, path: PathBuf, holds: &str| {
+        let path = folder.join(path);
+        match std::fs::read_to_string(&path) {
+            Ok(text) if text.contains(holds) => {}
+            Ok(_) => checker.fault(format!(
+                "tls.{key} = \"{}\" holds no {holds}; give a file in PEM",
+                path.display()
+            )),
+            Err(error) => checker.fault(format!(
+                "tls.{key} = \"{}\" cannot be read: {error}",
+                path.display()
+            )),
+        }
+        path
+    };
+    let certificate = read("certificate", tls.certificate, "CERTIFICATE");
+    let key = read("key", tls.key, "PRIVATE KEY");
+    Some(Tls {
+        listen: checker.address("tls.listen", &tls.listen),
+        certificate,
+        key,
+    })
+}
+
+fn pages(cors: &settings::Cors, checker: &mut Checker) -> Option<Cors> {
+    let max_age = checker.duration("cors.max_age", &cors.max_age);
+    let mut origins = Vec::with_capacity(cors.origins.len());
+    for (index, origin) in cors.origins.iter().enumerate() {
+        let sane = origin == "*"
+            || origin
+                .split_once("://")
+                .is_some_and(|(_, host)| !host.is_empty() && !host.contains('/'));
+        match origin.parse() {
+            Ok(value) if sane => origins.push(value),
+            _ => checker.fault(format!(
+                "cors.origins[{index}] = \"{origin}\" is no origin; write it like \"https://chat.example.com\", or \"*\" for any"
+            )),
+        }
+    }
+    (!cors.origins.is_empty()).then(|| Cors {
+        origins: origins.into(),
+        max_age,
+    })
 }
 
 fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
@@ -334,6 +389,12 @@ mod tests {
             max_body = "much"
             routing = "best"
             attempts = 0
+            [tls]
+            listen = "127.0.0.1:0"
+            certificate = "none.pem"
+            key = "Cargo.toml"
+            [cors]
+            origins = ["*", "https://a/b"]
             [timeouts]
             head = "0s"
             [eviction]
@@ -364,7 +425,10 @@ mod tests {
             "cortex.toml: eviction.strategy = \"fifo\" is unknown; use \"lru\" or \"priority\"",
             "cortex.toml: gateway.attempts = 0: at least 1 is needed",
             "cortex.toml: gateway.listen = \"nowhere\" is no address; write it like \"127.0.0.1:31313\"",
+            "cortex.toml: tls.certificate = \"none.pem\" cannot be read: ",
+            "cortex.toml: tls.key = \"Cargo.toml\" holds no PRIVATE KEY; give a file in PEM",
             "cortex.toml: gateway.max_body = \"much\":",
+            "cortex.toml: cors.origins[1] = \"https://a/b\" is no origin; write it like \"https://chat.example.com\"",
             "cortex.toml: timeouts.head = \"0s\": must be longer than nothing; write it like \"30s\"",
             "cortex.toml: neurons[0].endpoint = \"10.0.0.5\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
             "cortex.toml: neurons[2].name = \"b\" is taken by an earlier node",

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Settings {
     pub(crate) gateway: Gateway,
+    pub(crate) tls: Tls,
+    pub(crate) cors: Cors,
     pub(crate) timeouts: Timeouts,
     pub(crate) fleet: Fleet,
     pub(crate) eviction: Eviction,
@@ -30,6 +32,23 @@ pub(crate) struct Gateway {
     pub(crate) max_waiting: usize,
     pub(crate) attempts: usize,
     pub(crate) routing: String,
+}
+
+#[derive(Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Tls {
+    /// Empty: no such listener.
+    pub(crate) listen: String,
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Cors {
+    /// Empty: none but the gateway's own.
+    pub(crate) origins: Vec<String>,
+    pub(crate) max_age: String,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -103,6 +122,15 @@ impl Default for Gateway {
             max_waiting: 1024,
             attempts: 3,
             routing: "least_loaded".into(),
+        }
+    }
+}
+
+impl Default for Cors {
+    fn default() -> Self {
+        Self {
+            origins: Vec::new(),
+            max_age: "10m".into(),
         }
     }
 }

@@ -160,11 +160,13 @@ impl Client {
         mut connection: Connection,
         peer: &Arc<HttpPeer>,
         address: SocketAddr,
-        wire: &[u8],
+        wire: &[Bytes; 2],
     ) -> Result<Answering, ClientError> {
         let broken = |source| ClientError::Broken { address, source };
         let written = async {
-            connection.write_all(wire).await?;
+            for piece in wire {
+                connection.write_all(piece).await?;
+            }
             connection.flush().await
         };
         written.await.map_err(|error: std::io::Error| {
@@ -312,8 +314,14 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|kind: &HeaderValue| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
-fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> Vec<u8> {
-    let mut wire = Vec::with_capacity(256 + request.body.len());
+/// Head and body in one piece where the body is small; a large one is not copied to save a write.
+fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> [Bytes; 2] {
+    let (joined, apart) = if request.body.len() > COALESCE {
+        (Bytes::new(), request.body.clone())
+    } else {
+        (request.body.clone(), Bytes::new())
+    };
+    let mut wire = Vec::with_capacity(256 + joined.len());
     let mut put = |text: &str| wire.extend_from_slice(text.as_bytes());
     put(request.method.as_str());
     put(" ");
@@ -331,6 +339,6 @@ fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> Vec<u8> {
         put(itoa::Buffer::new().format(request.body.len()));
     }
     put("\r\n\r\n");
-    wire.extend_from_slice(&request.body);
-    wire
+    wire.extend_from_slice(&joined);
+    [wire.into(), apart]
 }

@@ -3,7 +3,7 @@
 use super::client::{Client, ClientError, Outgoing};
 use filters::{Failure, Request, Response, ResponseFuture};
 use http::header;
-use protocol::ext::{REQUEST_ID_HEADER, USAGE_COMMENT_HEADER};
+use protocol::ext::REQUEST_ID_HEADER;
 use protocol::{ApiError, ErrorKind};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -49,10 +49,7 @@ impl Service<Request> for Upstream {
             let outgoing = Outgoing {
                 method: request.head.method,
                 path: request.head.uri.path(),
-                headers: &[
-                    (REQUEST_ID_HEADER, &request.exchange.id),
-                    (USAGE_COMMENT_HEADER, "1"),
-                ],
+                headers: &[(REQUEST_ID_HEADER, &request.exchange.id)],
                 body: request.body,
             };
             match client.send(&endpoint, &outgoing).await {
