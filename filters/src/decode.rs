@@ -122,7 +122,7 @@ fn encodings(headers: &http::HeaderMap) -> Result<Vec<Encoding>, ApiError> {
 
 fn unknown(what: &str) -> ApiError {
     ApiError {
-        accept_encoding: Some(ACCEPTED),
+        allow: Some(ACCEPTED),
         ..ApiError::new(
             ErrorKind::UnsupportedMediaType,
             format!("{what}; use one of {ACCEPTED}, or none"),
@@ -274,7 +274,7 @@ mod tests {
         for name in ["compress", "gzip, br, gzip", "\u{e9}"] {
             let error = ask(name, b"{}".to_vec()).await.expect_err(name);
             assert_eq!(error.kind, ErrorKind::UnsupportedMediaType, "{name}");
-            assert_eq!(error.accept_encoding, Some(ACCEPTED));
+            assert_eq!(error.allow, Some(ACCEPTED));
         }
         for name in ["gzip", "deflate", "zstd", "br"] {
             let mut torn = pack(name, &b"plain text, as it was written. ".repeat(9));

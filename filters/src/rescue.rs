@@ -82,11 +82,12 @@ fn reply(exchange: &Exchange, error: &ApiError) -> Response {
     if let Some(after) = error.retry_after.or(busy.then_some(SOON)) {
         headers.insert(header::RETRY_AFTER, after.as_secs().max(1).into());
     }
-    if let Some(methods) = error.allow {
-        headers.insert(header::ALLOW, HeaderValue::from_static(methods));
-    }
-    if let Some(encodings) = error.accept_encoding {
-        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encodings));
+    if let Some(instead) = error.allow {
+        let name = match error.kind {
+            ErrorKind::UnsupportedMediaType => header::ACCEPT_ENCODING,
+            _ => header::ALLOW,
+        };
+        headers.insert(name, HeaderValue::from_static(instead));
     }
     response
 }

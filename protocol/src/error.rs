@@ -22,12 +22,16 @@ pub enum ErrorKind {
     NotFound,
     /// No such model in the catalogue or on any node.
     ModelNotFound,
+    /// No request of this id is running.
+    RequestNotFound,
     /// The path exists, the method does not.
     MethodNotAllowed,
     /// The client did not send its request in time.
     RequestTimeout,
     /// What is asked for contradicts what is there.
     Conflict,
+    /// Somebody cancelled the request by its id.
+    Cancelled,
     /// Body over the limit.
     PayloadTooLarge,
     /// A content type or encoding we do not read.
@@ -54,13 +58,14 @@ impl ErrorKind {
             Self::InvalidRequest | Self::ContextLengthExceeded => 400,
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound | Self::ModelNotFound => 404,
+            Self::NotFound | Self::ModelNotFound | Self::RequestNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
             Self::Conflict => 409,
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::HeadersTooLarge => 431,
+            Self::Cancelled => 499,
             Self::RateLimited => 429,
             Self::Internal => 500,
             Self::BadGateway => 502,
@@ -89,7 +94,7 @@ impl ErrorKind {
         match self {
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
-            Self::NotFound | Self::ModelNotFound => "not_found_error",
+            Self::NotFound | Self::ModelNotFound | Self::RequestNotFound => "not_found_error",
             Self::PayloadTooLarge => "request_too_large",
             Self::RateLimited => "rate_limit_error",
             Self::Unavailable => "overloaded_error",
@@ -112,9 +117,11 @@ impl ErrorKind {
             Self::BadGateway => Some("upstream_error"),
             Self::GatewayTimeout => Some("upstream_timeout"),
             Self::NotFound => Some("unknown_path"),
+            Self::RequestNotFound => Some("request_not_found"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::Conflict => Some("conflict"),
             Self::UnsupportedMediaType => Some("unsupported_media_type"),
+            Self::Cancelled => Some("request_cancelled"),
             Self::InvalidRequest
             | Self::Forbidden
             | Self::RequestTimeout
@@ -139,6 +146,7 @@ impl ErrorKind {
             (413, _) => Self::PayloadTooLarge,
             (415, _) => Self::UnsupportedMediaType,
             (429, _) => Self::RateLimited,
+            (499, _) => Self::Cancelled,
             (503 | 529, _) => Self::Unavailable,
             (504, _) => Self::GatewayTimeout,
             _ => Self::BadGateway,
@@ -158,10 +166,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When to come back.
     pub retry_after: Option<Duration>,
-    /// Methods the path has, for a 405.
+    /// What would be taken instead: methods for a 405, encodings of the body for a 415.
     pub allow: Option<&'static str>,
-    /// Encodings that bodies may have, for a 415.
-    pub accept_encoding: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -177,7 +183,6 @@ impl ApiError {
             param: None,
             retry_after: None,
             allow: None,
-            accept_encoding: None,
             source: None,
         }
     }

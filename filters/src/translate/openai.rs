@@ -51,19 +51,9 @@ pub const CHAT: &[Field] = &[
         r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{"type":"object"}}}]}"#,
     ),
     Field::new(
-        "tools[0].function.strict",
-        Refused("answers are not held to a schema"),
-        r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{},"strict":true}}]}"#,
-    ),
-    Field::new(
         "tool_choice (`auto`, `none`)",
         Honoured(""),
         r#"{"tool_choice":"auto"}"#,
-    ),
-    Field::new(
-        "tool_choice (`required`, by name)",
-        Refused("the model cannot be forced to call"),
-        r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{}}}],"tool_choice":"required"}"#,
     ),
     Field::new(
         "parallel_tool_calls",
@@ -86,39 +76,92 @@ pub const CHAT: &[Field] = &[
         r#"{"user":"u"}"#,
     ),
     Field::new(
-        "n",
-        Refused("one answer is given per request"),
-        r#"{"n":2}"#,
+        "tools[0].function.strict",
+        Honoured("arguments follow the schema"),
+        r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{"type":"object","properties":{},"additionalProperties":false},"strict":true}}]}"#,
     ),
     Field::new(
-        "logprobs",
-        Refused("log probabilities are not given"),
-        r#"{"logprobs":true}"#,
+        "tool_choice (`required`, by name)",
+        Honoured("by a grammar"),
+        r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{"type":"object","properties":{},"additionalProperties":false}}}],"tool_choice":"required"}"#,
     ),
+    Field::new(
+        "response_format",
+        Honoured("`text`, `json_object`, `json_schema`; after the thinking block"),
+        r#"{"response_format":{"type":"json_object"}}"#,
+    ),
+    Field::new("logprobs", Honoured(""), r#"{"logprobs":true}"#),
     Field::new(
         "top_logprobs",
-        Refused("log probabilities are not given"),
-        r#"{"top_logprobs":3}"#,
+        Honoured("up to 20, with `logprobs`"),
+        r#"{"logprobs":true,"top_logprobs":3}"#,
     ),
     Field::new(
-        "logit_bias",
-        Refused("tokens cannot be biased"),
-        r#"{"logit_bias":{"1":2}}"#,
+        "thinking_budget",
+        Honoured("an extension: the thinking block is closed after so many tokens"),
+        r#"{"thinking_budget":5}"#,
     ),
+    Field::new(
+        "n",
+        Honoured("each answer computes the prompt"),
+        r#"{"n":2}"#,
+    ),
+    Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
     Field::new(
         "frequency_penalty",
-        Refused("penalties are not applied"),
+        Honoured(""),
         r#"{"frequency_penalty":1}"#,
     ),
     Field::new(
         "presence_penalty",
-        Refused("penalties are not applied"),
+        Honoured(""),
         r#"{"presence_penalty":1}"#,
     ),
     Field::new(
-        "response_format",
-        Refused("other than `text`: answers are not held to a format"),
-        r#"{"response_format":{"type":"json_object"}}"#,
+        "repetition_penalty",
+        Honoured("an extension"),
+        r#"{"repetition_penalty":1.1}"#,
+    ),
+    Field::new(
+        "min_tokens",
+        Honoured("an extension"),
+        r#"{"min_tokens":1}"#,
+    ),
+    Field::new(
+        "ignore_eos",
+        Honoured("an extension"),
+        r#"{"ignore_eos":true}"#,
+    ),
+    Field::new(
+        "stop_token_ids",
+        Honoured("an extension"),
+        r#"{"stop_token_ids":[3]}"#,
+    ),
+    Field::new("priority", Honoured("an extension"), r#"{"priority":1}"#),
+    Field::new(
+        "timeout",
+        Honoured("an extension: seconds"),
+        r#"{"timeout":30}"#,
+    ),
+    Field::new(
+        "cache_salt",
+        Honoured("an extension"),
+        r#"{"cache_salt":"x"}"#,
+    ),
+    Field::new(
+        "guided_choice",
+        Honoured("an extension"),
+        r#"{"guided_choice":["a","b"]}"#,
+    ),
+    Field::new(
+        "guided_regex",
+        Honoured("an extension"),
+        r#"{"guided_regex":"[a-z]+"}"#,
+    ),
+    Field::new(
+        "guided_grammar",
+        Honoured("an extension, as `grammar`: Lark"),
+        r#"{"guided_grammar":"start: /[a-z]+/"}"#,
     ),
     Field::new(
         "functions",
@@ -192,7 +235,7 @@ pub const CHAT: &[Field] = &[
     ),
     Field::new(
         "verbosity",
-        Accepted("as an unknown field"),
+        Refused("other than `medium`: the model is not told of it"),
         r#"{"verbosity":"low"}"#,
     ),
     Field::new(
@@ -211,8 +254,8 @@ pub const COMPLETIONS: &[Field] = &[
     ),
     Field::new(
         "prompt",
-        Honoured("a string or token ids"),
-        r#"{"prompt":"x"}"#,
+        Honoured("a string, a list of strings, token ids or a list of lists of them"),
+        r#"{"prompt":["x","y"]}"#,
     ),
     Field::new("stream", Honoured(""), r#"{"stream":true}"#),
     Field::new(
@@ -241,9 +284,72 @@ pub const COMPLETIONS: &[Field] = &[
         r#"{"user":"u"}"#,
     ),
     Field::new(
+        "logprobs",
+        Honoured("up to 20; with `echo` those of the prompt too"),
+        r#"{"logprobs":3}"#,
+    ),
+    Field::new("echo", Honoured(""), r#"{"echo":true}"#),
+    Field::new(
         "n",
-        Refused("one answer is given per request"),
+        Honoured("each answer computes the prompt"),
         r#"{"n":2}"#,
+    ),
+    Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
+    Field::new(
+        "frequency_penalty",
+        Honoured(""),
+        r#"{"frequency_penalty":1}"#,
+    ),
+    Field::new(
+        "presence_penalty",
+        Honoured(""),
+        r#"{"presence_penalty":1}"#,
+    ),
+    Field::new(
+        "repetition_penalty",
+        Honoured("an extension"),
+        r#"{"repetition_penalty":1.1}"#,
+    ),
+    Field::new(
+        "min_tokens",
+        Honoured("an extension"),
+        r#"{"min_tokens":1}"#,
+    ),
+    Field::new(
+        "ignore_eos",
+        Honoured("an extension"),
+        r#"{"ignore_eos":true}"#,
+    ),
+    Field::new(
+        "stop_token_ids",
+        Honoured("an extension"),
+        r#"{"stop_token_ids":[3]}"#,
+    ),
+    Field::new("priority", Honoured("an extension"), r#"{"priority":1}"#),
+    Field::new(
+        "timeout",
+        Honoured("an extension: seconds"),
+        r#"{"timeout":30}"#,
+    ),
+    Field::new(
+        "cache_salt",
+        Honoured("an extension"),
+        r#"{"cache_salt":"x"}"#,
+    ),
+    Field::new(
+        "guided_choice",
+        Honoured("an extension"),
+        r#"{"guided_choice":["a","b"]}"#,
+    ),
+    Field::new(
+        "guided_regex",
+        Honoured("an extension"),
+        r#"{"guided_regex":"[a-z]+"}"#,
+    ),
+    Field::new(
+        "guided_grammar",
+        Honoured("an extension, as `grammar`: Lark"),
+        r#"{"guided_grammar":"start: /[a-z]+/"}"#,
     ),
     Field::new(
         "best_of",
@@ -251,34 +357,9 @@ pub const COMPLETIONS: &[Field] = &[
         r#"{"best_of":2}"#,
     ),
     Field::new(
-        "logprobs",
-        Refused("log probabilities are not given"),
-        r#"{"logprobs":3}"#,
-    ),
-    Field::new(
-        "echo",
-        Refused("the prompt is not repeated"),
-        r#"{"echo":true}"#,
-    ),
-    Field::new(
         "suffix",
         Refused("there is no text after the answer"),
         r#"{"suffix":"x"}"#,
-    ),
-    Field::new(
-        "logit_bias",
-        Refused("tokens cannot be biased"),
-        r#"{"logit_bias":{"1":2}}"#,
-    ),
-    Field::new(
-        "frequency_penalty",
-        Refused("penalties are not applied"),
-        r#"{"frequency_penalty":1}"#,
-    ),
-    Field::new(
-        "presence_penalty",
-        Refused("penalties are not applied"),
-        r#"{"presence_penalty":1}"#,
     ),
     Field::new(
         "unknown fields",

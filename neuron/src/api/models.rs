@@ -65,7 +65,7 @@ pub(super) async fn load(
     body: Body,
 ) -> Result<(StatusCode, Json<ModelStatus>), Failure> {
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wanted: LoadModel = body::parse(&bytes, LOAD_FIELDS)?;
+    let wanted: LoadModel = body::parse(&bytes, &[LOAD_FIELDS])?;
     for (name, value) in [("id", &wanted.id), ("source", &wanted.source)] {
         if value.is_empty() {
             return Err(ApiError::invalid(name, format!("`{name}` is empty")).into());
@@ -86,7 +86,7 @@ pub(super) async fn unload(
     body: Body,
 ) -> Result<Json<ModelStatus>, Failure> {
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wanted: UnloadModel = body::parse(&bytes, UNLOAD_FIELDS)?;
+    let wanted: UnloadModel = body::parse(&bytes, &[UNLOAD_FIELDS])?;
     let status = state
         .residency
         .unload(&wanted.id)

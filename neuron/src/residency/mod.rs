@@ -389,7 +389,6 @@ impl Shared {
         let weight_bytes = model.weight_bytes();
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
-            eos: text.eos.clone(),
             vocab: text.tokenizer.vocab_size(),
             admission: AdmissionLimits {
                 max_waiting: self.limits.max_waiting,

@@ -8,7 +8,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What every model that is served here can do.
-const CAPABILITIES: [&str; 4] = ["chat", "completions", "tools", "thinking"];
+const CAPABILITIES: [&str; 6] = [
+    "chat",
+    "completions",
+    "tools",
+    "thinking",
+    "structured_output",
+    "logprobs",
+];
 
 /// What the table holds of one model.
 pub(super) struct Entry {

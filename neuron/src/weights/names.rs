@@ -100,6 +100,7 @@ fn ungrouped(groups: usize, blocks: &[usize], own: Range<usize>) -> Vec<Range<us
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are what is compared
 mod tests {
     use super::*;
     use safetensors::tensor::Dtype;
