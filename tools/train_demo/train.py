@@ -1,7 +1,7 @@
 """Trains the demo model, its multi-token head after it, and writes model.safetensors.
 
-    python train.py --run DIR            trains, with checkpoints in DIR; goes on from the last one there
-    python train.py --run DIR --steps N  the same with another length; the steps before the decay do not depend on it
+    python train.py --run DIR             trains, with checkpoints in DIR; goes on from the last one there
+    python train.py --run DIR --cycles 1  stops after the first cycle: a worse model in half the time
 """
 
 import argparse
@@ -20,10 +20,10 @@ from model import FOLDER, CausalLm, Config, padded
 from optimizer import optimizers, set_rate
 
 SEED = 2026
-STEPS = 2600
-HEAD_STEPS = 500
-WARM_UP = 60
-DECAY = 0.3  # of the steps, at the end, over which the rates fall to nothing
+CYCLES = ((1720, 1.0), (1600, 0.6))  # steps, and the share of the full rates at which they are made
+HEAD_CYCLES = ((500, 1.0),)
+WARM_UP = 60  # steps at the start of a cycle over which the rates rise
+DECAY = 0.3  # of a cycle, at its end, over which they fall to nothing: only then is a model good
 BATCH_TOKENS = 2560  # padding included
 BLOCK = 512  # conversations that are sorted by length together
 LONGEST = 512  # longer conversations are left out
@@ -134,12 +134,12 @@ def score(model, coder):
     return " ".join(f"{name} {exact_answers(model, coder, drawn):.2f}" for name, drawn in sets.items())
 
 
-def rate(step, steps):
-    """Up, level, and down to nothing."""
-    return min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps))
+def rates(cycles):
+    """The share of the full rates at each step: up, level, and down to nothing in each cycle."""
+    return [peak * min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps)) for steps, peak in cycles for step in range(steps)]
 
 
-def fit(model, module, loss_of, seed, steps, file, coder):
+def fit(model, module, loss_of, seed, cycles, file, coder):
     """Trains `module`, which is `model` or a part of it, and keeps what is needed to go on in `file`."""
     both = optimizers(module)
     begin = 0
@@ -149,11 +149,13 @@ def fit(model, module, loss_of, seed, steps, file, coder):
         for optimizer, state in zip(both, saved["optimizers"]):
             optimizer.load_state_dict(state)
         begin = saved["step"]
+    shares = rates(cycles)
+    steps = len(shares)
     source = itertools.islice(batches(coder, seed), begin, steps)
     seen, total, since = 0, 0.0, time.monotonic()
     for step, rows in enumerate(source, begin):
         torch.manual_seed(seed + step)
-        set_rate(both, rate(step, steps))
+        set_rate(both, shares[step])
         loss = loss_of(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -180,8 +182,7 @@ def held_out_drafts(model, coder):
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--run", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=STEPS)
-    arguments.add_argument("--head-steps", type=int, default=HEAD_STEPS)
+    arguments.add_argument("--cycles", type=int, default=len(CYCLES))
     given = arguments.parse_args()
     given.run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -189,10 +190,10 @@ def main():
     model = CausalLm(Config.read(FOLDER / "config.json"))
     print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     model.mtp.requires_grad_(False)
-    fit(model, model, trunk_loss, SEED, given.steps, given.run / "trunk.pt", coder)
+    fit(model, model, trunk_loss, SEED, CYCLES[: given.cycles], given.run / "trunk.pt", coder)
     model.requires_grad_(False)
     model.mtp.requires_grad_(True)
-    fit(model, model.mtp, head_loss, SEED + 1, given.head_steps, given.run / "head.pt", coder)
+    fit(model, model.mtp, head_loss, SEED + 1, HEAD_CYCLES, given.run / "head.pt", coder)
     export(model, FOLDER / "model.safetensors")
 
 
