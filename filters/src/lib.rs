@@ -15,6 +15,7 @@ pub mod body;
 pub mod exchange;
 pub mod keep_alive;
 pub mod metrics;
+pub mod remember;
 pub mod rescue;
 pub mod residency;
 pub mod resolve;

@@ -21,6 +21,14 @@ pub enum Route {
     Completions,
     /// `POST /v1/messages`
     Messages,
+    /// `POST /v1/responses`
+    Responses,
+    /// `GET` and `DELETE /v1/responses/{id}`
+    Response,
+    /// `GET /v1/responses/{id}/input_items`
+    InputItems,
+    /// `POST /v1/responses/{id}/cancel`
+    CancelResponse,
     /// `GET /v1/models`
     Models,
     /// `GET /v1/models/{id}`
@@ -38,8 +46,17 @@ impl Route {
             "/v1/completions" => Self::Completions,
             "/v1/messages" => Self::Messages,
             "/v1/models" => Self::Models,
+            "/v1/responses" => Self::Responses,
             path if path.starts_with("/v1/models/") => Self::Model,
-            _ => Self::Unknown,
+            path => match path
+                .strip_prefix("/v1/responses/")
+                .map(|id| id.split_once('/'))
+            {
+                Some(None) => Self::Response,
+                Some(Some((_, "input_items"))) => Self::InputItems,
+                Some(Some((_, "cancel"))) => Self::CancelResponse,
+                _ => Self::Unknown,
+            },
         }
     }
 
@@ -50,6 +67,10 @@ impl Route {
             Self::Chat => "chat",
             Self::Completions => "completions",
             Self::Messages => "messages",
+            Self::Responses => "responses",
+            Self::Response => "response",
+            Self::InputItems => "input_items",
+            Self::CancelResponse => "cancel_response",
             Self::Models => "models",
             Self::Model => "model",
             Self::Unknown => "unknown",
@@ -59,6 +80,8 @@ impl Route {
     fn methods(self) -> &'static str {
         match self {
             Self::Chat | Self::Completions | Self::Messages => "POST",
+            Self::Responses | Self::CancelResponse => "POST",
+            Self::Response => "GET, HEAD, DELETE",
             _ => "GET, HEAD",
         }
     }
@@ -120,6 +143,9 @@ where
         let answer = match route_of(&request) {
             Ok(Route::Models) => Ok(json(&ModelList::new(self.catalogue.cards()))),
             Ok(Route::Model) => self.card(request.head.uri.path()),
+            Ok(Route::Response | Route::InputItems | Route::CancelResponse) => {
+                return self.inner.call(request); // about what is kept, whatever model made it
+            }
             Ok(_) => match self.retarget(&mut request) {
                 Ok(()) => return self.inner.call(request),
                 Err(error) => Err(error),
@@ -252,7 +278,7 @@ fn splice_model(body: &Bytes, id: &str) -> Result<Bytes, ApiError> {
     Ok(spliced.into())
 }
 
-fn json(value: &impl serde::Serialize) -> Response {
+pub(crate) fn json(value: &impl serde::Serialize) -> Response {
     let body = serde_json::to_vec(value).expect("wire types always serialise");
     let mut response = Response::new(Body::whole(body));
     response.headers_mut().insert(
@@ -262,7 +288,7 @@ fn json(value: &impl serde::Serialize) -> Response {
     response
 }
 
-fn percent_decode(text: &str) -> String {
+pub(crate) fn percent_decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, after)) = rest.split_first() {

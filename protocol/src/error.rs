@@ -22,6 +22,10 @@ pub enum ErrorKind {
     NotFound,
     /// No such model in the catalogue or on any node.
     ModelNotFound,
+    /// No such response is kept.
+    ResponseNotFound,
+    /// The response to go on from is not kept.
+    PreviousResponseNotFound,
     /// The path exists, the method does not.
     MethodNotAllowed,
     /// The client did not send its request in time.
@@ -51,10 +55,12 @@ impl ErrorKind {
     #[must_use]
     pub fn status(self) -> u16 {
         match self {
-            Self::InvalidRequest | Self::ContextLengthExceeded => 400,
+            Self::InvalidRequest | Self::ContextLengthExceeded | Self::PreviousResponseNotFound => {
+                400
+            }
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound | Self::ModelNotFound => 404,
+            Self::NotFound | Self::ModelNotFound | Self::ResponseNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
             Self::Conflict => 409,
@@ -89,7 +95,7 @@ impl ErrorKind {
         match self {
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
-            Self::NotFound | Self::ModelNotFound => "not_found_error",
+            Self::NotFound | Self::ModelNotFound | Self::ResponseNotFound => "not_found_error",
             Self::PayloadTooLarge => "request_too_large",
             Self::RateLimited => "rate_limit_error",
             Self::Unavailable => "overloaded_error",
@@ -106,6 +112,7 @@ impl ErrorKind {
             Self::ContextLengthExceeded => Some("context_length_exceeded"),
             Self::Unauthorized => Some("invalid_api_key"),
             Self::ModelNotFound => Some("model_not_found"),
+            Self::PreviousResponseNotFound => Some("previous_response_not_found"),
             Self::RateLimited => Some("rate_limit_exceeded"),
             Self::PayloadTooLarge => Some("request_too_large"),
             Self::Unavailable => Some("service_unavailable"),
@@ -116,6 +123,7 @@ impl ErrorKind {
             Self::Conflict => Some("conflict"),
             Self::InvalidRequest
             | Self::Forbidden
+            | Self::ResponseNotFound
             | Self::RequestTimeout
             | Self::UnsupportedMediaType
             | Self::HeadersTooLarge

@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::pingora::upstream::Upstream;
 use filters::keep_alive::KeepAliveLayer;
 use filters::metrics::{Metrics, MetricsLayer, ObserveLayer};
+use filters::remember::{RememberLayer, ResponseStore};
 use filters::rescue::RescueLayer;
 use filters::residency::{Residency, ResidencyLayer};
 use filters::resolve::{Catalogue, ResolveLayer};
@@ -26,6 +27,7 @@ pub(crate) fn build(
     config: &Config,
     metrics: &Metrics,
     catalogue: Arc<dyn Catalogue>,
+    responses: Arc<dyn ResponseStore>,
     residency: Arc<dyn Residency>,
     upstream: Upstream,
 ) -> Stack {
@@ -35,6 +37,7 @@ pub(crate) fn build(
         .layer(MetricsLayer::new(metrics.clone())) // above rescue, so that it counts the status the client saw
         .layer(RescueLayer) // above all that can fail: from here up nothing does
         .layer(ResolveLayer::new(catalogue)) // before anything that costs: no model, no work
+        .layer(RememberLayer::new(responses, config.max_body)) // above translation: what it adds is translated like the rest
         .layer(TranslateLayer) // below it there are only chat and text completions
         .layer(KeepAliveLayer::new(timeouts.keep_alive)) // above all that waits, below translation, so that comments become pings
         .layer(ResidencyLayer::new(residency)) // above retry: all attempts share one lease

@@ -8,6 +8,8 @@ import sys
 import anthropic
 import openai
 
+import responses
+
 
 def openai_chat(base, model):
     client = openai.OpenAI(base_url=f"{base}/v1", api_key="unused", max_retries=0)
@@ -81,5 +83,7 @@ def anthropic_messages(base, model):
 if __name__ == "__main__":
     base, model = sys.argv[1:]
     openai_chat(base, model)
+    responses.golden()
+    responses.running(base, model)
     anthropic_messages(base, model)
     print(f"openai {openai.__version__} and anthropic {anthropic.__version__}: whole, streamed and refused as they should be")

@@ -1,9 +1,12 @@
 //! Anthropic messages.
 
-use super::{Dialect, Translation, Translator};
+use super::{Answer, Dialect, Translation, Translator, upstream, written};
+use crate::Exchange;
 use bytes::Bytes;
+use protocol::chat::ChatRequest;
 use protocol::{ApiError, ErrorKind, sse};
 use serde_json::json;
+use std::sync::Arc;
 
 mod events;
 mod reply;
@@ -50,34 +53,28 @@ fn error_value(error: &ApiError, request_id: &str) -> serde_json::Value {
 }
 
 impl Translation for Messages {
-    fn request(&self, body: &Bytes) -> Result<Bytes, ApiError> {
+    fn request(
+        &self,
+        body: &[u8],
+        _: &Arc<Exchange>,
+    ) -> Result<(ChatRequest, Box<dyn Answer>), ApiError> {
         let request: wire::MessagesRequest = serde_json::from_slice(body).map_err(|error| {
             ApiError::new(
                 ErrorKind::InvalidRequest,
                 format!("the body is not a messages request: {error}"),
             )
         })?;
-        let chat = request::to_chat(request)?;
-        Ok(serde_json::to_vec(&chat)
-            .expect("wire types always serialise")
-            .into())
+        Ok((request::to_chat(request)?, Box::new(*self)))
+    }
+}
+
+impl Answer for Messages {
+    fn whole(self: Box<Self>, body: &Bytes) -> Result<Bytes, ApiError> {
+        let message = reply::from_chat(upstream(body)?)?;
+        Ok(written(&message))
     }
 
-    fn reply(&self, body: &Bytes) -> Result<Bytes, ApiError> {
-        let chat = serde_json::from_slice(body).map_err(|error| {
-            ApiError::new(
-                ErrorKind::BadGateway,
-                "the upstream's reply is no chat completion",
-            )
-            .caused_by(error)
-        })?;
-        let message = reply::from_chat(chat)?;
-        Ok(serde_json::to_vec(&message)
-            .expect("wire types always serialise")
-            .into())
-    }
-
-    fn translator(&self) -> Box<dyn Translator> {
+    fn stream(self: Box<Self>) -> Box<dyn Translator> {
         Box::new(events::Events::default())
     }
 }
