@@ -6,7 +6,7 @@
 import json
 import pathlib
 
-import httpx
+import httpx2
 import openai
 import pydantic
 from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
@@ -127,8 +127,8 @@ def refused(call, kind, param):
 def over(reply):
     """A client whose server always gives this reply."""
     kind = "text/event-stream" if reply.suffix == ".sse" else "application/json"
-    answer = lambda _: httpx.Response(200, headers={"content-type": kind}, content=reply.read_bytes())
-    return openai.OpenAI(api_key="unused", http_client=httpx.Client(transport=httpx.MockTransport(answer)))
+    answer = lambda _: httpx2.Response(200, headers={"content-type": kind}, content=reply.read_bytes())
+    return openai.OpenAI(api_key="unused", http_client=httpx2.Client(transport=httpx2.MockTransport(answer)))
 
 
 def golden():

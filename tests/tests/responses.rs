@@ -227,7 +227,8 @@ async fn responses_on_disk_outlive_the_gateway() {
     );
     let on = json!({"model": "m", "input": "two", "previous_response_id": id});
     create(&second, on).await;
-    let messages = &node.seen().last().unwrap().body["messages"];
+    let sent = node.seen();
+    let messages = &sent.last().unwrap().body["messages"];
     assert_eq!(messages.as_array().unwrap().len(), 3);
     create(&second, json!({"model": "m", "input": "three"})).await;
     create(&second, json!({"model": "m", "input": "four"})).await;
