@@ -23,6 +23,7 @@ pub struct Exchange {
     /// How this client speaks; decided by the path.
     pub dialect: &'static dyn Dialect,
     target: OnceLock<Target>,
+    usage_asked: OnceLock<()>,
     nodes: Mutex<Vec<Arc<str>>>,
     first_token: OnceLock<Instant>,
     usage: OnceLock<Usage>,
@@ -62,8 +63,9 @@ impl Exchange {
             id,
             started: Instant::now(),
             route,
-            dialect: translate::of_route(route, &head.headers),
+            dialect: translate::of_route(route, head),
             target: OnceLock::new(),
+            usage_asked: OnceLock::new(),
             nodes: Mutex::new(Vec::new()),
             first_token: OnceLock::new(),
             usage: OnceLock::new(),
@@ -92,6 +94,17 @@ impl Exchange {
     #[must_use]
     pub fn is_stream(&self) -> bool {
         self.target.get().is_some_and(|target| target.stream)
+    }
+
+    /// Notes that the client wants to be told of usage at the end of its stream.
+    pub fn note_usage_asked(&self) {
+        let _ = self.usage_asked.set(());
+    }
+
+    /// Whether the client wants to be told of usage at the end of its stream.
+    #[must_use]
+    pub fn asks_usage(&self) -> bool {
+        self.usage_asked.get().is_some()
     }
 
     /// Notes that the request is being sent to `node`.

@@ -4,13 +4,17 @@ use crate::{Body, Exchange, Failure, Request, Response};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{HeaderValue, header};
-use protocol::ApiError;
+use protocol::{ApiError, ErrorKind};
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tower::{Layer, Service};
+
+/// When to come back, where nobody knows better.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Puts [`Rescue`] around a stack.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,11 +77,16 @@ fn reply(exchange: &Exchange, error: &ApiError) -> Response {
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    if let Some(after) = error.retry_after {
+    let busy = matches!(error.kind, ErrorKind::RateLimited | ErrorKind::Unavailable);
+    // who is busy says when to come back, also where nobody knows better than soon
+    if let Some(after) = error.retry_after.or(busy.then_some(SOON)) {
         headers.insert(header::RETRY_AFTER, after.as_secs().max(1).into());
     }
     if let Some(methods) = error.allow {
         headers.insert(header::ALLOW, HeaderValue::from_static(methods));
+    }
+    if let Some(encodings) = error.accept_encoding {
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(encodings));
     }
     response
 }
@@ -129,7 +138,6 @@ fn log(exchange: &Exchange, error: &ApiError, midstream: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::ErrorKind;
 
     fn service(
         make: impl Fn() -> Result<Response, Failure> + Clone + Send + 'static,

@@ -65,6 +65,7 @@ pub async fn serve(
             id: model.id.clone(),
             source: model.source.clone(),
             context_length: model.context_length,
+            quant: model.quant,
         };
         residency
             .load(wanted)

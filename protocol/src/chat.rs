@@ -2,6 +2,7 @@
 
 use crate::usage::{Timings, Usage};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 
@@ -14,6 +15,19 @@ pub struct RequestHead<'a> {
     /// Whether the reply is to be a stream.
     #[serde(default)]
     pub stream: Option<bool>,
+    /// What else the stream is to carry; looked into by those who need it.
+    #[serde(borrow, default)]
+    pub stream_options: Option<&'a RawValue>,
+}
+
+impl RequestHead<'_> {
+    /// Whether the stream is to end with usage.
+    #[must_use]
+    pub fn asks_usage(&self) -> bool {
+        self.stream_options
+            .and_then(|options| serde_json::from_str::<StreamOptions>(options.get()).ok())
+            .is_some_and(|options| options.include_usage)
+    }
 }
 
 /// A chat request. Absent fields are `None`; fields without a name here land in `extra`.

@@ -121,11 +121,11 @@ impl ErrorKind {
             Self::NotFound => Some("unknown_path"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::Conflict => Some("conflict"),
+            Self::UnsupportedMediaType => Some("unsupported_media_type"),
             Self::InvalidRequest
             | Self::Forbidden
             | Self::ResponseNotFound
             | Self::RequestTimeout
-            | Self::UnsupportedMediaType
             | Self::HeadersTooLarge
             | Self::Internal => None,
         }
@@ -168,6 +168,8 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
     /// Methods the path has, for a 405.
     pub allow: Option<&'static str>,
+    /// Encodings that bodies may have, for a 415.
+    pub accept_encoding: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -183,6 +185,7 @@ impl ApiError {
             param: None,
             retry_after: None,
             allow: None,
+            accept_encoding: None,
             source: None,
         }
     }

@@ -108,6 +108,7 @@ impl App {
         tokio::join!(
             self.fleet.run(),
             self.lifecycle.run(),
+            self.upstream.close_old(),
             self.reload_on_hangup()
         );
     }
@@ -147,6 +148,7 @@ impl App {
                 new.metrics_listen != old.metrics_listen,
             ),
             ("gateway.threads", new.threads != old.threads),
+            ("tls", new.tls != old.tls),
             (
                 "timeouts.connect",
                 new.timeouts.connect != old.timeouts.connect,
@@ -158,6 +160,7 @@ impl App {
         }
         (new.listen, new.metrics_listen, new.threads) =
             (old.listen, old.metrics_listen, old.threads);
+        new.tls.clone_from(&old.tls);
         new.responses.path.clone_from(&old.responses.path);
         self.responses.set_bounds(new.responses.bounds);
         let new = Arc::new(new);

@@ -107,7 +107,9 @@ fn keyless(reply: &str) -> String {
     key.map_or_else(|| reply.into(), |key| reply.replace(key, "KEY"))
 }
 
-fn updating() -> bool {
+/// Whether what is seen is to be written down instead of compared.
+#[must_use]
+pub fn updating() -> bool {
     std::env::vars().any(|(name, _)| name == "UPDATE_GOLDEN")
 }
 

@@ -267,6 +267,7 @@ fn model_status() -> ModelStatus {
         devices: vec!["cpu".into()],
         memory_bytes: MEMORY,
         context_length: CONTEXT,
+        capabilities: Vec::new(),
         in_flight: 0,
         since: CREATED,
     }

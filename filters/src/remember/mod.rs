@@ -1,9 +1,9 @@
 //! Keeps responses, so that later requests can go on from them, and answers what clients ask about them.
 
 use crate::exchange::Answer;
-use crate::resolve::{Route, json, percent_decode};
-use crate::translate::{self, responses::check_include};
-use crate::{Body, Exchange, Failure, Request, Response, ResponseFuture};
+use crate::resolve::{Route, json};
+use crate::translate::{self, responses::check_include, written};
+use crate::{Body, Exchange, Failure, Request, Response, ResponseFuture, query};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{HeaderValue, Method, header};
@@ -305,27 +305,26 @@ async fn look_up(
 ) -> Result<Response, ApiError> {
     let path = request.head.uri.path().trim_end_matches('/');
     let rest = path.strip_prefix("/v1/responses/").unwrap_or_default();
-    let id = percent_decode(rest.split('/').next().unwrap_or_default());
+    let id = query::decode(rest.split('/').next().unwrap_or_default());
     let none = || {
         ApiError::new(
             ErrorKind::ResponseNotFound,
             format!("there is no response `{id}` here"),
         )
     };
-    let query = Query::of(&request.head.uri);
-    check_include(query.all("include"))?;
+    let asked = Query::of(&request.head.uri);
+    check_include(asked.all("include"))?;
     match request.exchange.route {
         Route::Response if request.head.method == Method::DELETE => {
             if !store.delete(&id).await? {
                 return Err(none());
             }
-            Ok(json(
-                &serde_json::json!({"id": id, "object": "response", "deleted": true}),
-            ))
+            let gone = serde_json::json!({"id": id, "object": "response", "deleted": true});
+            Ok(json(written(&gone)))
         }
         Route::InputItems => {
             let chain = chain(store, &id, limit).await?.ok_or_else(none)?;
-            items::page(&chain, &query).map(|page| json(&page))
+            items::page(&chain, &asked).map(|page| json(written(&page)))
         }
         Route::CancelResponse => {
             store.get(&id).await?.ok_or_else(none)?;
@@ -336,7 +335,7 @@ async fn look_up(
         }
         _ => {
             for name in ["stream", "starting_after"] {
-                if query.first(name).is_some_and(|value| value != "false") {
+                if asked.first(name).is_some_and(|value| value != "false") {
                     let message = format!(
                         "`{name}`: a response that is over is given whole, not as a stream"
                     );
@@ -357,14 +356,9 @@ struct Query(Vec<(String, String)>);
 
 impl Query {
     fn of(uri: &http::Uri) -> Self {
-        let pairs = uri.query().unwrap_or_default().split('&');
-        let pairs = pairs.filter(|pair| !pair.is_empty()).map(|pair| {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let decode = |text: &str| percent_decode(&text.replace('+', " "));
-            let name = decode(name);
-            // clients write lists as `name[]=a&name[]=b`
-            (name.trim_end_matches("[]").to_owned(), decode(value))
-        });
+        let pairs = query::pairs(uri.query().unwrap_or_default());
+        // clients write lists as `name[]=a&name[]=b`
+        let pairs = pairs.map(|(name, value)| (name.trim_end_matches("[]").to_owned(), value));
         Self(pairs.collect())
     }
 

@@ -4,8 +4,9 @@
 
 use crate::resolve::Route;
 use crate::{Exchange, Failure, Request, Response, ResponseFuture};
-use bytes::Bytes;
+use bytes::{BufMut, Bytes};
 use protocol::chat::{ChatChunk, ChatRequest};
+use protocol::models::ModelCard;
 use protocol::{ApiError, ErrorKind};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
@@ -14,7 +15,9 @@ use std::task::{Context, Poll};
 use tower::{Layer, Service};
 
 pub mod chat;
+pub mod fields;
 pub mod messages;
+pub mod openai;
 pub mod responses;
 mod stream;
 
@@ -39,6 +42,15 @@ pub trait Dialect: Debug + Send + Sync + 'static {
         None
     }
 
+    /// The reply of `GET /v1/models`: `cards`, as far as `query` asks for them.
+    ///
+    /// # Errors
+    /// 400 naming the parameter, where the query makes no sense.
+    fn models(&self, cards: Vec<ModelCard>, query: &str) -> Result<Bytes, ApiError>;
+
+    /// The reply of `GET /v1/models/{id}`.
+    fn model(&self, card: &ModelCard) -> Bytes;
+
     /// How to translate; `None` where the dialect is the canonical one and bytes pass untouched.
     fn translation(&self) -> Option<&dyn Translation> {
         None
@@ -47,6 +59,11 @@ pub trait Dialect: Debug + Send + Sync + 'static {
 
 /// How a dialect that is not the canonical one becomes it.
 pub trait Translation: Send + Sync {
+    /// Where on a node the translated request goes.
+    fn upstream_path(&self) -> &'static str {
+        "/v1/chat/completions"
+    }
+
     /// The chat request that asks for the same, and how its answer will be said.
     ///
     /// # Errors
@@ -90,8 +107,8 @@ pub trait Translator: Send {
     fn fail(&mut self, _: &ApiError, _: &mut Vec<u8>) {}
 }
 
-/// A value of ours as JSON.
-fn written(value: &impl Serialize) -> Bytes {
+/// A wire type as the bytes of a body.
+pub(crate) fn written(value: &impl Serialize) -> Bytes {
     serde_json::to_vec(value)
         .expect("wire types always serialise")
         .into()
@@ -132,18 +149,29 @@ fn upstream<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     })
 }
 
+/// The same in the memory of `old`, which is no longer needed: a large image is then held twice, not thrice.
+fn rewritten(old: Bytes, value: &impl Serialize) -> Bytes {
+    let mut room = old.try_into_mut().unwrap_or_default();
+    room.clear();
+    let mut writer = room.writer();
+    serde_json::to_writer(&mut writer, value).expect("wire types always serialise");
+    writer.into_inner().freeze()
+}
+
 /// The dialect spoken on a path.
 #[must_use]
-pub fn of_route(route: Route, headers: &http::HeaderMap) -> &'static dyn Dialect {
+pub fn of_route(route: Route, head: &http::request::Parts) -> &'static dyn Dialect {
     match route {
         Route::Messages => &messages::Messages,
+        Route::CountTokens => &messages::CountTokens,
         Route::Responses => &responses::Responses,
         // paths that several APIs have: Anthropic's clients always say which version they speak
         Route::Models | Route::Model | Route::Unknown
-            if headers.contains_key("anthropic-version") =>
+            if head.headers.contains_key("anthropic-version") =>
         {
             &messages::Messages
         }
+        Route::Unknown if head.uri.path().starts_with("/v1/messages/") => &messages::Messages,
         _ => &chat::Chat,
     }
 }
@@ -186,9 +214,9 @@ where
             Ok(asked) => asked,
             Err(error) => return Box::pin(std::future::ready(Err(error.into()))),
         };
-        request.body = written(&chat);
+        request.body = rewritten(std::mem::take(&mut request.body), &chat);
         drop(chat);
-        request.head.uri = http::Uri::from_static("/v1/chat/completions");
+        request.head.uri = http::Uri::from_static(translation.upstream_path());
         let response = self.inner.call(request);
         Box::pin(async move {
             let response = response.await.map_err(|failure| Failure {

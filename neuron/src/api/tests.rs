@@ -30,6 +30,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),
         context_length: None,
+        quant: None,
     };
     residency.load(wanted).unwrap();
     residency

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use events::Events;
 use protocol::ApiError;
 use protocol::chat::ChatRequest;
+use protocol::models::ModelCard;
 use std::sync::Arc;
 
 mod events;
@@ -17,7 +18,7 @@ mod request;
 mod tests;
 pub mod wire;
 
-pub use fields::check_include;
+pub use fields::{check_include, rows};
 
 /// OpenAI's dialect where it asks for a response.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +31,14 @@ impl Dialect for Responses {
 
     fn error_event(&self, _: &ApiError, _: &str) -> Bytes {
         Bytes::new() // events are numbered, so the translator has told of it
+    }
+
+    fn models(&self, cards: Vec<ModelCard>, query: &str) -> Result<Bytes, ApiError> {
+        Chat.models(cards, query)
+    }
+
+    fn model(&self, card: &ModelCard) -> Bytes {
+        Chat.model(card)
     }
 
     fn translation(&self) -> Option<&dyn Translation> {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::translate::fields::Fate;
 use protocol::ErrorKind;
 use protocol::chat::{
     ChatChunk, ChunkChoice, Delta, FinishReason, FunctionCallDelta, ToolCallDelta,
@@ -134,6 +135,32 @@ fn what_cannot_be_honoured_is_refused_by_name() {
             .unwrap_or_else(|| panic!("{told} was taken"));
         assert_eq!(error.kind, ErrorKind::InvalidRequest, "{told}");
         assert_eq!(error.param.as_deref(), Some(param), "{told}: {error}");
+    }
+}
+
+#[test]
+fn every_row_of_the_table_is_true() {
+    let (before, _) = request(json!({})).expect("a plain request");
+    for row in rows() {
+        let sample = serde_json::from_str(row.sample).expect(row.name);
+        let after = request(sample);
+        match row.fate {
+            Fate::Refused(_) => {
+                let error = after.err().expect(row.name);
+                let name = row.name.split(' ').next();
+                assert_eq!(error.param.as_deref(), name, "{error}");
+            }
+            Fate::Becomes(target) => {
+                let (after, _) = after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
+                let key = target.rsplit(['.', ']']).next().expect("a last word");
+                assert_ne!(after, before, "{} changes nothing", row.name);
+                let found = after.to_string().contains(&format!("\"{key}\":"));
+                assert!(found, "{}: no {key} in {after}", row.name);
+            }
+            Fate::Honoured(_) | Fate::Accepted(_) => {
+                after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
+            }
+        }
     }
 }
 
