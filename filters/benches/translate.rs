@@ -6,9 +6,9 @@
 
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use filters::Body;
 use filters::translate::messages::Messages;
-use filters::translate::{Translated, Translation};
+use filters::translate::{Answer, Translated, Translation};
+use filters::{Body, Exchange};
 use futures::StreamExt;
 use serde_json::json;
 use std::hint::black_box;
@@ -53,7 +53,7 @@ fn events(count: usize) -> Vec<Bytes> {
 /// Reads a translated stream that comes in these pieces to its end.
 fn drain(runtime: &Runtime, pieces: &[Bytes]) -> usize {
     let body = Body::stream(futures::stream::iter(pieces.to_vec()).map(Ok));
-    let translated = Translated::new(body, Messages.translator());
+    let translated = Translated::new(body, Box::new(Messages).stream());
     runtime.block_on(translated.fold(0, |sum, piece| async move {
         sum + piece.map_or(0, |bytes| bytes.len()) // it ends without [DONE], which is an error and counts nothing
     }))
@@ -61,10 +61,11 @@ fn drain(runtime: &Runtime, pieces: &[Bytes]) -> usize {
 
 fn translate(criterion: &mut Criterion) {
     let body = request(4096);
+    let exchange = Exchange::open(&http::Request::new(()).into_parts().0);
     let mut group = criterion.benchmark_group("messages");
     group.bench_function(format!("request of {} bytes", body.len()), |bencher| {
         bencher.iter(|| {
-            let chat = Messages.request(black_box(&body)).unwrap();
+            let (chat, _) = Messages.request(black_box(&body), &exchange).unwrap();
             serde_json::to_vec(&chat).unwrap()
         });
     });

@@ -2,6 +2,7 @@
 
 use crate::resolve::Route;
 use crate::translate::{self, Dialect};
+use bytes::Bytes;
 use protocol::usage::Usage;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -26,6 +27,16 @@ pub struct Exchange {
     nodes: Mutex<Vec<Arc<str>>>,
     first_token: OnceLock<Instant>,
     usage: OnceLock<Usage>,
+    answer: OnceLock<Answer>,
+}
+
+/// A whole answer as its dialect says it.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Its id in that dialect.
+    pub id: Arc<str>,
+    /// The whole of it as JSON, also when it was streamed.
+    pub body: Bytes,
 }
 
 /// What the client asked for, once the body has been looked at.
@@ -58,6 +69,7 @@ impl Exchange {
             nodes: Mutex::new(Vec::new()),
             first_token: OnceLock::new(),
             usage: OnceLock::new(),
+            answer: OnceLock::new(),
         })
     }
 
@@ -142,6 +154,20 @@ impl Exchange {
     #[must_use]
     pub fn usage(&self) -> Option<Usage> {
         self.usage.get().copied()
+    }
+
+    /// Notes the whole answer, in a dialect whose answers can be asked for later.
+    pub fn set_answer(&self, id: &str, body: impl Into<Bytes>) {
+        let _ = self.answer.set(Answer {
+            id: id.into(),
+            body: body.into(),
+        });
+    }
+
+    /// The whole answer, once it is there.
+    #[must_use]
+    pub fn answer(&self) -> Option<&Answer> {
+        self.answer.get()
     }
 }
 

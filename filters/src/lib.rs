@@ -20,6 +20,7 @@ pub mod exchange;
 pub mod keep_alive;
 pub mod metrics;
 mod query;
+pub mod remember;
 pub mod rescue;
 pub mod residency;
 pub mod resolve;

@@ -110,10 +110,9 @@ impl Stream for Guarded {
             Some(Err(error)) => {
                 log(&self.exchange, &error, true);
                 self.body = None;
-                Some(Ok(self
-                    .exchange
-                    .dialect
-                    .error_event(&error, &self.exchange.id)))
+                let exchange = &self.exchange;
+                let event = exchange.dialect.error_event(&error, &exchange.id);
+                (!event.is_empty()).then_some(Ok(event))
             }
             other => other,
         })

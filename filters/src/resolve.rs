@@ -23,6 +23,14 @@ pub enum Route {
     Messages,
     /// `POST /v1/messages/count_tokens`
     CountTokens,
+    /// `POST /v1/responses`
+    Responses,
+    /// `GET` and `DELETE /v1/responses/{id}`
+    Response,
+    /// `GET /v1/responses/{id}/input_items`
+    InputItems,
+    /// `POST /v1/responses/{id}/cancel`
+    CancelResponse,
     /// `GET /v1/models`
     Models,
     /// `GET /v1/models/{id}`
@@ -41,8 +49,17 @@ impl Route {
             "/v1/messages" => Self::Messages,
             "/v1/messages/count_tokens" => Self::CountTokens,
             "/v1/models" => Self::Models,
+            "/v1/responses" => Self::Responses,
             path if path.starts_with("/v1/models/") => Self::Model,
-            _ => Self::Unknown,
+            path => match path
+                .strip_prefix("/v1/responses/")
+                .map(|id| id.split_once('/'))
+            {
+                Some(None) => Self::Response,
+                Some(Some((_, "input_items"))) => Self::InputItems,
+                Some(Some((_, "cancel"))) => Self::CancelResponse,
+                _ => Self::Unknown,
+            },
         }
     }
 
@@ -54,6 +71,10 @@ impl Route {
             Self::Completions => "completions",
             Self::Messages => "messages",
             Self::CountTokens => "count_tokens",
+            Self::Responses => "responses",
+            Self::Response => "response",
+            Self::InputItems => "input_items",
+            Self::CancelResponse => "cancel_response",
             Self::Models => "models",
             Self::Model => "model",
             Self::Unknown => "unknown",
@@ -63,6 +84,8 @@ impl Route {
     fn methods(self) -> &'static str {
         match self {
             Self::Chat | Self::Completions | Self::Messages | Self::CountTokens => "POST, OPTIONS",
+            Self::Responses | Self::CancelResponse => "POST, OPTIONS",
+            Self::Response => "GET, HEAD, DELETE, OPTIONS",
             _ => "GET, HEAD, OPTIONS",
         }
     }
@@ -129,6 +152,9 @@ where
                 .models(self.catalogue.cards(), uri.query().unwrap_or_default())
                 .map(json),
             Ok(Route::Model) => self.card(uri.path()).map(|card| json(dialect.model(&card))),
+            Ok(Route::Response | Route::InputItems | Route::CancelResponse) => {
+                return self.inner.call(request); // about what is kept, whatever model made it
+            }
             Ok(_) => match self.retarget(&mut request) {
                 Ok(()) => return self.inner.call(request),
                 Err(error) => Err(error),
@@ -272,7 +298,7 @@ fn options(route: Route) -> Response {
     response
 }
 
-fn json(body: Bytes) -> Response {
+pub(crate) fn json(body: Bytes) -> Response {
     let mut response = Response::new(Body::whole(body));
     response.headers_mut().insert(
         header::CONTENT_TYPE,

@@ -24,6 +24,10 @@ pub enum ErrorKind {
     ModelNotFound,
     /// No request of this id is running.
     RequestNotFound,
+    /// No such response is kept.
+    ResponseNotFound,
+    /// The response to go on from is not kept.
+    PreviousResponseNotFound,
     /// The path exists, the method does not.
     MethodNotAllowed,
     /// The client did not send its request in time.
@@ -55,10 +59,15 @@ impl ErrorKind {
     #[must_use]
     pub fn status(self) -> u16 {
         match self {
-            Self::InvalidRequest | Self::ContextLengthExceeded => 400,
+            Self::InvalidRequest | Self::ContextLengthExceeded | Self::PreviousResponseNotFound => {
+                400
+            }
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound | Self::ModelNotFound | Self::RequestNotFound => 404,
+            Self::NotFound
+            | Self::ModelNotFound
+            | Self::RequestNotFound
+            | Self::ResponseNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
             Self::Conflict => 409,
@@ -94,7 +103,10 @@ impl ErrorKind {
         match self {
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
-            Self::NotFound | Self::ModelNotFound | Self::RequestNotFound => "not_found_error",
+            Self::NotFound
+            | Self::ModelNotFound
+            | Self::RequestNotFound
+            | Self::ResponseNotFound => "not_found_error",
             Self::PayloadTooLarge => "request_too_large",
             Self::RateLimited => "rate_limit_error",
             Self::Unavailable => "overloaded_error",
@@ -111,6 +123,7 @@ impl ErrorKind {
             Self::ContextLengthExceeded => Some("context_length_exceeded"),
             Self::Unauthorized => Some("invalid_api_key"),
             Self::ModelNotFound => Some("model_not_found"),
+            Self::PreviousResponseNotFound => Some("previous_response_not_found"),
             Self::RateLimited => Some("rate_limit_exceeded"),
             Self::PayloadTooLarge => Some("request_too_large"),
             Self::Unavailable => Some("service_unavailable"),
@@ -124,6 +137,7 @@ impl ErrorKind {
             Self::Cancelled => Some("request_cancelled"),
             Self::InvalidRequest
             | Self::Forbidden
+            | Self::ResponseNotFound
             | Self::RequestTimeout
             | Self::HeadersTooLarge
             | Self::Internal => None,

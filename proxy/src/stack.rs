@@ -8,6 +8,7 @@ use filters::decode::DecodeLayer;
 use filters::estimate::EstimateLayer;
 use filters::keep_alive::KeepAliveLayer;
 use filters::metrics::{Metrics, MetricsLayer, ObserveLayer};
+use filters::remember::{RememberLayer, ResponseStore};
 use filters::rescue::RescueLayer;
 use filters::residency::{Residency, ResidencyLayer};
 use filters::resolve::{Catalogue, ResolveLayer};
@@ -30,6 +31,7 @@ pub(crate) fn build(
     config: &Config,
     metrics: &Metrics,
     catalogue: Arc<dyn Catalogue>,
+    responses: Arc<dyn ResponseStore>,
     residency: Arc<dyn Residency>,
     upstream: Upstream,
 ) -> Stack {
@@ -42,6 +44,7 @@ pub(crate) fn build(
         .layer(RescueLayer) // above all that can fail: from here up nothing does
         .layer(DecodeLayer::new(config.max_body)) // above all that reads the body
         .layer(ResolveLayer::new(catalogue)) // before anything that costs: no model, no work
+        .layer(RememberLayer::new(responses, config.max_body)) // above translation: what it adds is translated like the rest
         .layer(TranslateLayer) // below it there are only chat and text completions
         .layer(AskUsageLayer) // below translation, which asks by itself; above retry, so that a body is changed once
         .layer(KeepAliveLayer::new(timeouts.keep_alive)) // above all that waits, below translation, so that comments become pings

@@ -30,6 +30,8 @@ def fields_are_documented():
         fields = {name for kind in types for name in kind.__annotations__} - HEADERS
         assert fields <= named, f"docs/dialects.md lacks {sorted(fields - named)} of {title}"
 
+import responses
+
 
 def openai_chat(base, model):
     client = openai.OpenAI(base_url=f"{base}/v1", api_key="unused", max_retries=0)
@@ -110,5 +112,7 @@ if __name__ == "__main__":
     base, model = sys.argv[1:]
     fields_are_documented()
     openai_chat(base, model)
+    responses.golden()
+    responses.running(base, model)
     anthropic_messages(base, model)
     print(f"openai {openai.__version__} and anthropic {anthropic.__version__}: whole, streamed and refused as they should be")

@@ -3,7 +3,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use filters::translate::fields::{Fate, Field, markdown};
-use filters::translate::{messages, openai};
+use filters::translate::{messages, openai, responses};
 use reqwest::StatusCode;
 use serde_json::{Map, Value, json};
 use tests::daemon::{neuron, root};
@@ -14,6 +14,7 @@ fn document() -> String {
     let tables = [
         ("TABLE: chat", markdown(openai::CHAT)),
         ("TABLE: completions", markdown(openai::COMPLETIONS)),
+        ("TABLE: responses", markdown(&responses::rows())),
         ("TABLE: messages", markdown(&messages::rows())),
     ];
     let mut text = std::fs::read_to_string(root().join("docs/dialects.md")).unwrap();

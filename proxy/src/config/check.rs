@@ -1,7 +1,8 @@
 //! From what is written to what it means: one fault per broken rule, each with a remedy.
 
 use super::settings::{self, ModelsFile, Settings};
-use super::{Config, Cors, Eviction, Model, Neuron, Poll, Strategy, Timeouts, Tls};
+use super::{Config, Cors, Eviction, Model, Neuron, Poll, Responses, Strategy, Timeouts, Tls};
+use crate::responses::Bounds;
 use filters::route;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -131,6 +132,7 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
         timeouts,
         fleet,
         eviction,
+        responses,
         neurons,
         models: _,
     } = settings;
@@ -195,10 +197,36 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
             strategy,
             defrag_after_cycles: eviction.defrag_after_cycles,
         },
+        responses: kept(responses, file, checker),
         neurons: nodes(neurons, checker),
         models: BTreeMap::new(),
         default_model: None,
         file: file.map(Path::to_path_buf),
+    }
+}
+
+fn kept(responses: settings::Responses, file: Option<&Path>, checker: &mut Checker) -> Responses {
+    let settings::Responses {
+        entries,
+        bytes,
+        path,
+    } = responses;
+    let bytes = checker.bytes("responses.bytes", &bytes);
+    let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+    let path = (!path.is_empty()).then(|| folder.join(&path));
+    if let Some(path) = &path {
+        let parent = std::path::absolute(path).ok();
+        let parent = parent.as_deref().and_then(Path::parent);
+        if path.is_dir() || !parent.is_some_and(Path::is_dir) {
+            checker.fault(format!(
+                "responses.path = \"{}\" cannot be a file: name one in a folder that is there",
+                path.display()
+            ));
+        }
+    }
+    Responses {
+        bounds: Bounds { entries, bytes },
+        path,
     }
 }
 
@@ -399,6 +427,9 @@ mod tests {
             head = "0s"
             [eviction]
             strategy = "fifo"
+            [responses]
+            bytes = "lots"
+            path = "nowhere/kept"
             [[neurons]]
             name = "a"
             endpoint = "10.0.0.5"
@@ -430,6 +461,8 @@ mod tests {
             "cortex.toml: gateway.max_body = \"much\":",
             "cortex.toml: cors.origins[1] = \"https://a/b\" is no origin; write it like \"https://chat.example.com\"",
             "cortex.toml: timeouts.head = \"0s\": must be longer than nothing; write it like \"30s\"",
+            "cortex.toml: responses.bytes = \"lots\":",
+            "cortex.toml: responses.path = \"nowhere/kept\" cannot be a file: name one in a folder that is there",
             "cortex.toml: neurons[0].endpoint = \"10.0.0.5\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
             "cortex.toml: neurons[2].name = \"b\" is taken by an earlier node",
             "models.toml: models[0].source is empty; give a folder or a hub id like \"owner/name\"",

@@ -1,5 +1,6 @@
 //! What the gateway is to do: the files as written ([`settings`]), and what they mean ([`Config`]).
 
+use crate::responses::Bounds;
 use filters::route::RoutingPolicy;
 use http::HeaderValue;
 use protocol::node::WeightFormat;
@@ -36,6 +37,7 @@ pub(crate) struct Config {
     pub(crate) drain: Duration,
     pub(crate) poll: Poll,
     pub(crate) eviction: Eviction,
+    pub(crate) responses: Responses,
     pub(crate) neurons: Vec<Neuron>,
     /// By id.
     pub(crate) models: BTreeMap<Arc<str>, Model>,
@@ -99,6 +101,14 @@ pub(crate) enum Strategy {
     Lru,
     /// Lowest priority first, then least recently used.
     Priority,
+}
+
+/// How responses are kept, so that clients may go on from them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Responses {
+    pub(crate) bounds: Bounds,
+    /// The file they are in; `None` is memory.
+    pub(crate) path: Option<PathBuf>,
 }
 
 /// A node by its address.

@@ -16,6 +16,7 @@ pub(crate) struct Settings {
     pub(crate) timeouts: Timeouts,
     pub(crate) fleet: Fleet,
     pub(crate) eviction: Eviction,
+    pub(crate) responses: Responses,
     pub(crate) neurons: Vec<Neuron>,
     /// The catalogue's file, beside this one.
     pub(crate) models: Option<PathBuf>,
@@ -76,6 +77,15 @@ pub(crate) struct Fleet {
 pub(crate) struct Eviction {
     pub(crate) strategy: String,
     pub(crate) defrag_after_cycles: u32,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Responses {
+    pub(crate) entries: usize,
+    pub(crate) bytes: String,
+    /// A file beside this one; empty: memory.
+    pub(crate) path: String,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -164,6 +174,16 @@ impl Default for Eviction {
         Self {
             strategy: "lru".into(),
             defrag_after_cycles: 0,
+        }
+    }
+}
+
+impl Default for Responses {
+    fn default() -> Self {
+        Self {
+            entries: 10_000,
+            bytes: "256MiB".into(),
+            path: String::new(),
         }
     }
 }

@@ -1,12 +1,14 @@
 //! Anthropic messages.
 
-use super::{Dialect, Translation, Translator, written};
+use super::{Answer, Dialect, Translation, Translator, upstream, written};
+use crate::Exchange;
 use bytes::Bytes;
 use protocol::chat::ChatRequest;
 use protocol::models::ModelCard;
 use protocol::{ApiError, ErrorKind, sse};
 use serde::Deserialize;
 use serde_json::json;
+use std::sync::Arc;
 
 mod events;
 mod fields;
@@ -74,20 +76,26 @@ fn error_value(error: &ApiError, request_id: &str) -> serde_json::Value {
 }
 
 impl Translation for Messages {
-    fn request(&self, body: &[u8]) -> Result<ChatRequest, ApiError> {
-        request::to_chat(parse(body)?)
+    fn request(
+        &self,
+        body: &[u8],
+        _: &Arc<Exchange>,
+    ) -> Result<(ChatRequest, Box<dyn Answer>), ApiError> {
+        Ok((request::to_chat(parse(body)?)?, Box::new(*self)))
     }
 
     fn refusal(&self, error: ApiError) -> ApiError {
         named_here(error)
     }
+}
 
-    fn reply(&self, body: &Bytes) -> Result<Bytes, ApiError> {
+impl Answer for Messages {
+    fn whole(self: Box<Self>, body: &Bytes) -> Result<Bytes, ApiError> {
         let message = reply::from_chat(upstream(body)?)?;
         Ok(written(&message))
     }
 
-    fn translator(&self) -> Box<dyn Translator> {
+    fn stream(self: Box<Self>) -> Box<dyn Translator> {
         Box::new(events::Events::default())
     }
 }
@@ -131,20 +139,26 @@ impl Translation for CountTokens {
         "/tokenize"
     }
 
-    fn request(&self, body: &[u8]) -> Result<ChatRequest, ApiError> {
-        request::to_tokenize(parse(body)?)
+    fn request(
+        &self,
+        body: &[u8],
+        _: &Arc<Exchange>,
+    ) -> Result<(ChatRequest, Box<dyn Answer>), ApiError> {
+        Ok((request::to_tokenize(parse(body)?)?, Box::new(*self)))
     }
 
     fn refusal(&self, error: ApiError) -> ApiError {
         named_here(error)
     }
+}
 
-    fn reply(&self, body: &Bytes) -> Result<Bytes, ApiError> {
+impl Answer for CountTokens {
+    fn whole(self: Box<Self>, body: &Bytes) -> Result<Bytes, ApiError> {
         let tokens: Tokens = upstream(body)?;
         Ok(written(&json!({"input_tokens": tokens.count})))
     }
 
-    fn translator(&self) -> Box<dyn Translator> {
+    fn stream(self: Box<Self>) -> Box<dyn Translator> {
         Box::new(events::Events::default()) // nodes answer this whole
     }
 }
@@ -191,14 +205,4 @@ fn named_here(mut error: ApiError) -> ApiError {
         }
     }
     error
-}
-
-fn upstream<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| {
-        ApiError::new(
-            ErrorKind::BadGateway,
-            "the upstream's reply is not what was asked for",
-        )
-        .caused_by(error)
-    })
 }

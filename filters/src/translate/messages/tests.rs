@@ -1,11 +1,11 @@
 //! The tables held true, transcripts there and back, and streams of every shape.
 
 use super::{Messages, rows};
-use crate::Body;
 use crate::translate::fields::Fate;
-use crate::translate::{Translated, Translation, Translator};
+use crate::translate::{Answer, Translated, Translation, Translator};
+use crate::{Body, Exchange};
 use bytes::Bytes;
-use protocol::chat::{ChatChunk, Content, Message, Part};
+use protocol::chat::{ChatChunk, ChatRequest, Content, Message, Part};
 use protocol::sse::{Decoder, Event};
 use protocol::{ApiError, ErrorKind};
 use rand::rngs::StdRng;
@@ -13,8 +13,14 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
+fn to_chat(request: &Value) -> Result<ChatRequest, ApiError> {
+    let exchange = Exchange::open(&http::Request::new(()).into_parts().0);
+    let (chat, _) = Messages.request(request.to_string().as_bytes(), &exchange)?;
+    Ok(chat)
+}
+
 fn translate(request: &Value) -> Result<Value, ApiError> {
-    let chat = Messages.request(request.to_string().as_bytes())?;
+    let chat = to_chat(request)?;
     Ok(serde_json::to_value(chat).expect("it serialises"))
 }
 
@@ -284,9 +290,7 @@ fn a_transcript_keeps_every_block_there_and_back() {
         let turns = transcript(&mut random);
         let mut request = plain();
         request["messages"] = turns.clone().into();
-        let chat = Messages
-            .request(request.to_string().as_bytes())
-            .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let chat = to_chat(&request).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         assert_eq!(
             Value::from(turns_of(&chat.messages)),
             Value::from(turns),
@@ -479,7 +483,7 @@ async fn any_sequence_of_chunks_gives_a_stream_in_order_that_says_the_same() {
         let (chunks, said) = chunks(&mut random);
         let pieces = pieces(&mut random, &chunks).into_iter().map(Ok);
         let upstream = Body::stream(futures::stream::iter(pieces));
-        let translated = Translated::new(upstream, Messages.translator());
+        let translated = Translated::new(upstream, Box::new(Messages).stream());
         let out = Body::stream(translated)
             .collect(1 << 20)
             .await
@@ -492,7 +496,7 @@ async fn any_sequence_of_chunks_gives_a_stream_in_order_that_says_the_same() {
 
 #[test]
 fn a_call_is_streamed_as_it_comes() {
-    let mut translator = Messages.translator();
+    let mut translator = Box::new(Messages).stream();
     let mut out = Vec::new();
     let mut feed = |chunk: Value, translator: &mut Box<dyn Translator>| {
         out.clear();
