@@ -104,6 +104,22 @@ fn every_golden_number_is_met_whole_and_in_pieces_of_any_size() {
     }
 }
 
+#[test]
+fn the_demo_model_gives_the_numbers_of_its_own_training_program() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for chunk in [None, Some(1), Some(7), Some(64)] {
+        let report = verify::run(&VerifyArgs {
+            model: folder.join("demo"),
+            reference: fixture("demo").join("golden.safetensors"),
+            chunk,
+            ..args("demo")
+        })
+        .unwrap();
+        assert!(report.passed(), "in pieces of {chunk:?}:\n{report}");
+        assert!(report.cases.iter().any(|case| case.drafts.is_some()));
+    }
+}
+
 /// Bounds on the mean KL for weights that are rounded, over all fixtures: twice what was measured.
 #[test]
 fn rounded_weights_stay_near_the_golden_predictions() {
