@@ -249,6 +249,19 @@ mod tests {
     }
 
     #[test]
+    fn a_better_priority_begins_earlier_and_equals_keep_their_order() {
+        let mut scheduler = scheduler(8, 64, 0);
+        for (id, priority) in [(1, 0), (2, 5), (3, -5), (4, 0)] {
+            scheduler.add(Sequence {
+                priority,
+                ..Sequence::new(SequenceId(id), vec![0; 2])
+            });
+        }
+        let begun = scheduler.plan(FREE).started;
+        assert_eq!(begun, [3, 1, 4, 2].map(SequenceId));
+    }
+
+    #[test]
     fn no_more_run_than_allowed_and_the_line_is_kept() {
         let mut scheduler = scheduler(1, 64, 0);
         add(&mut scheduler, 1, 2);

@@ -457,40 +457,6 @@ async fn a_cancelled_request_is_told_and_frees_its_sequence() {
     assert_eq!(bench.engine.in_flight(), 0);
 }
 
-#[tokio::test]
-async fn a_better_priority_begins_earlier() {
-    let gate = Gate::closed_after(0);
-    let mut one = config();
-    one.bounds.max_running = 1;
-    let model = FakeModel {
-        gate: gate.clone(),
-        ..FakeModel::new(Script::Hash)
-    };
-    let bench = bench_with(model, one);
-    let submit = |priority| {
-        let mut request = bench.request("Hello", 5, SamplingParams::greedy());
-        request.priority = priority;
-        bench.engine.submit(request).unwrap()
-    };
-    // The first may have begun before the others come; of those the last is served first.
-    let (mut first, mut later, mut sooner) = (submit(0), submit(5), submit(-5));
-    gate.open();
-    let order = std::sync::Mutex::new(Vec::new());
-    let note = async |name, events: &mut Events| {
-        collect(events).await.1.unwrap();
-        order.lock().unwrap().push(name);
-    };
-    tokio::join!(
-        biased;
-        note("later", &mut later),
-        note("sooner", &mut sooner),
-        note("first", &mut first),
-    );
-    let order = order.into_inner().unwrap();
-    let place = |wanted| order.iter().position(|name| *name == wanted);
-    assert!(place("sooner") <= place("later"), "{order:?}");
-}
-
 /// What a request says and thinks under a guide, and its end.
 async fn guided(say: &str, guide: Guide, max_tokens: usize) -> (String, String, Finish) {
     let tokenizer = tiny();
