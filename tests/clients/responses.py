@@ -5,6 +5,7 @@
 
 import json
 import pathlib
+import typing
 
 import httpx2
 import openai
@@ -25,6 +26,10 @@ ITEM = pydantic.TypeAdapter(ResponseItem)
 
 class Point(pydantic.BaseModel):
     x: int
+
+
+class Verdict(pydantic.BaseModel, extra="forbid"):
+    answer: typing.Literal["yes", "no"]
 
 
 def strictly(response):
@@ -94,12 +99,13 @@ def running(base, model):
     answered = strictly(client.responses.create(**with_tool, parallel_tool_calls=False))
     assert answered.tools[0].name == "weather" and answered.parallel_tool_calls is False
 
-    # whether answers can be held to a format is the node's to say
-    try:
-        parsed = client.responses.parse(**dict(ask, max_output_tokens=64), text_format=Point)
-        assert parsed.output_parsed is None or isinstance(parsed.output_parsed, Point)
-    except openai.BadRequestError as error:
-        assert error.param == "text.format", error
+    # an answer is held to its format; one that is cut, as a model without sense may be, is the beginning of one
+    schema = {"type": "json_schema", "name": "verdict", "schema": Verdict.model_json_schema(), "strict": True}
+    held = client.responses.create(**dict(ask, max_output_tokens=64), reasoning={"effort": "none"}, text={"format": schema})
+    if held.status == "completed":
+        Verdict.model_validate_json(held.output_text)
+    else:
+        assert held.output_text.lstrip().startswith("{"), held.output_text
 
     for wrong, kind, param in [
         (dict(ask, model="nobody"), openai.NotFoundError, "model"),
