@@ -22,7 +22,7 @@ from optimizer import optimizers, set_rate
 SEED = 2026
 CYCLES = (  # steps, their share of the full rates, the share of them in which the rates fall to nothing, what is drawn
     (1600, 1.0, 0.25, corpus.FIRST),
-    (160, 0.25, 1.0, corpus.SECOND),
+    (1600, 0.6, 0.25, corpus.SECOND),
 )
 HEAD_STEPS = 500
 WARM_UP = 60  # steps at the start of a cycle over which the rates rise
@@ -30,7 +30,7 @@ BATCH_TOKENS = 2560  # padding included
 BLOCK = 512  # conversations that are sorted by length together
 LONGEST = 512  # longer conversations are left out
 CONTEXT_SHARE = 0.15  # of a prompt's tokens that are predicted at all
-EVERY = 80  # steps between two scores
+EVERY = 200  # steps between two scores
 
 
 def batches(coder, mixture, seed):
