@@ -2,6 +2,7 @@
 
 use crate::resolve::Route;
 use crate::translate::{self, Dialect};
+use bytes::Bytes;
 use protocol::usage::Usage;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -22,9 +23,20 @@ pub struct Exchange {
     /// How this client speaks; decided by the path.
     pub dialect: &'static dyn Dialect,
     target: OnceLock<Target>,
+    usage_asked: OnceLock<()>,
     nodes: Mutex<Vec<Arc<str>>>,
     first_token: OnceLock<Instant>,
     usage: OnceLock<Usage>,
+    answer: OnceLock<Answer>,
+}
+
+/// A whole answer as its dialect says it.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Its id in that dialect.
+    pub id: Arc<str>,
+    /// The whole of it as JSON, also when it was streamed.
+    pub body: Bytes,
 }
 
 /// What the client asked for, once the body has been looked at.
@@ -51,11 +63,13 @@ impl Exchange {
             id,
             started: Instant::now(),
             route,
-            dialect: translate::of_route(route, &head.headers),
+            dialect: translate::of_route(route, head),
             target: OnceLock::new(),
+            usage_asked: OnceLock::new(),
             nodes: Mutex::new(Vec::new()),
             first_token: OnceLock::new(),
             usage: OnceLock::new(),
+            answer: OnceLock::new(),
         })
     }
 
@@ -80,6 +94,17 @@ impl Exchange {
     #[must_use]
     pub fn is_stream(&self) -> bool {
         self.target.get().is_some_and(|target| target.stream)
+    }
+
+    /// Notes that the client wants to be told of usage at the end of its stream.
+    pub fn note_usage_asked(&self) {
+        let _ = self.usage_asked.set(());
+    }
+
+    /// Whether the client wants to be told of usage at the end of its stream.
+    #[must_use]
+    pub fn asks_usage(&self) -> bool {
+        self.usage_asked.get().is_some()
     }
 
     /// Notes that the request is being sent to `node`.
@@ -129,6 +154,20 @@ impl Exchange {
     #[must_use]
     pub fn usage(&self) -> Option<Usage> {
         self.usage.get().copied()
+    }
+
+    /// Notes the whole answer, in a dialect whose answers can be asked for later.
+    pub fn set_answer(&self, id: &str, body: impl Into<Bytes>) {
+        let _ = self.answer.set(Answer {
+            id: id.into(),
+            body: body.into(),
+        });
+    }
+
+    /// The whole answer, once it is there.
+    #[must_use]
+    pub fn answer(&self) -> Option<&Answer> {
+        self.answer.get()
     }
 }
 

@@ -11,10 +11,16 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+pub mod ask_usage;
 pub mod body;
+pub mod cors;
+pub mod decode;
+pub mod estimate;
 pub mod exchange;
 pub mod keep_alive;
 pub mod metrics;
+mod query;
+pub mod remember;
 pub mod rescue;
 pub mod residency;
 pub mod resolve;

@@ -4,13 +4,17 @@ use crate::{Body, Exchange, Failure, Request, Response};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use http::{HeaderValue, header};
-use protocol::ApiError;
+use protocol::{ApiError, ErrorKind};
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tower::{Layer, Service};
+
+/// When to come back, where nobody knows better.
+const SOON: Duration = Duration::from_secs(1);
 
 /// Puts [`Rescue`] around a stack.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,11 +77,17 @@ fn reply(exchange: &Exchange, error: &ApiError) -> Response {
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
-    if let Some(after) = error.retry_after {
+    let busy = matches!(error.kind, ErrorKind::RateLimited | ErrorKind::Unavailable);
+    // who is busy says when to come back, also where nobody knows better than soon
+    if let Some(after) = error.retry_after.or(busy.then_some(SOON)) {
         headers.insert(header::RETRY_AFTER, after.as_secs().max(1).into());
     }
-    if let Some(methods) = error.allow {
-        headers.insert(header::ALLOW, HeaderValue::from_static(methods));
+    if let Some(instead) = error.allow {
+        let name = match error.kind {
+            ErrorKind::UnsupportedMediaType => header::ACCEPT_ENCODING,
+            _ => header::ALLOW,
+        };
+        headers.insert(name, HeaderValue::from_static(instead));
     }
     response
 }
@@ -100,10 +110,9 @@ impl Stream for Guarded {
             Some(Err(error)) => {
                 log(&self.exchange, &error, true);
                 self.body = None;
-                Some(Ok(self
-                    .exchange
-                    .dialect
-                    .error_event(&error, &self.exchange.id)))
+                let exchange = &self.exchange;
+                let event = exchange.dialect.error_event(&error, &exchange.id);
+                (!event.is_empty()).then_some(Ok(event))
             }
             other => other,
         })
@@ -130,7 +139,6 @@ fn log(exchange: &Exchange, error: &ApiError, midstream: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::ErrorKind;
 
     fn service(
         make: impl Fn() -> Result<Response, Failure> + Clone + Send + 'static,

@@ -29,6 +29,9 @@ pub enum Leasing {
 pub trait Residency: Send + Sync + 'static {
     /// Asks for the use of `model`. Dropping a waiting lease gives up the wait.
     fn lease(&self, model: &Arc<str>) -> Leasing;
+
+    /// The use of `model` if a node serves it now; never has it loaded.
+    fn resident(&self, model: &Arc<str>) -> Option<Lease>;
 }
 
 /// Puts [`Resident`] around a stack.

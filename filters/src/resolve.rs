@@ -1,10 +1,10 @@
 //! Which path is meant, which model, and what cortex can answer by itself.
 
-use crate::{Body, Failure, Request, Response, ResponseFuture};
+use crate::{Body, Failure, Request, Response, ResponseFuture, query};
 use bytes::Bytes;
 use http::{HeaderValue, Method, header};
 use protocol::chat::RequestHead;
-use protocol::models::{ModelCard, ModelList};
+use protocol::models::ModelCard;
 use protocol::{ApiError, ErrorKind};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -21,6 +21,16 @@ pub enum Route {
     Completions,
     /// `POST /v1/messages`
     Messages,
+    /// `POST /v1/messages/count_tokens`
+    CountTokens,
+    /// `POST /v1/responses`
+    Responses,
+    /// `GET` and `DELETE /v1/responses/{id}`
+    Response,
+    /// `GET /v1/responses/{id}/input_items`
+    InputItems,
+    /// `POST /v1/responses/{id}/cancel`
+    CancelResponse,
     /// `GET /v1/models`
     Models,
     /// `GET /v1/models/{id}`
@@ -37,9 +47,19 @@ impl Route {
             "/v1/chat/completions" => Self::Chat,
             "/v1/completions" => Self::Completions,
             "/v1/messages" => Self::Messages,
+            "/v1/messages/count_tokens" => Self::CountTokens,
             "/v1/models" => Self::Models,
+            "/v1/responses" => Self::Responses,
             path if path.starts_with("/v1/models/") => Self::Model,
-            _ => Self::Unknown,
+            path => match path
+                .strip_prefix("/v1/responses/")
+                .map(|id| id.split_once('/'))
+            {
+                Some(None) => Self::Response,
+                Some(Some((_, "input_items"))) => Self::InputItems,
+                Some(Some((_, "cancel"))) => Self::CancelResponse,
+                _ => Self::Unknown,
+            },
         }
     }
 
@@ -50,6 +70,11 @@ impl Route {
             Self::Chat => "chat",
             Self::Completions => "completions",
             Self::Messages => "messages",
+            Self::CountTokens => "count_tokens",
+            Self::Responses => "responses",
+            Self::Response => "response",
+            Self::InputItems => "input_items",
+            Self::CancelResponse => "cancel_response",
             Self::Models => "models",
             Self::Model => "model",
             Self::Unknown => "unknown",
@@ -58,8 +83,10 @@ impl Route {
 
     fn methods(self) -> &'static str {
         match self {
-            Self::Chat | Self::Completions | Self::Messages => "POST",
-            _ => "GET, HEAD",
+            Self::Chat | Self::Completions | Self::Messages | Self::CountTokens => "POST, OPTIONS",
+            Self::Responses | Self::CancelResponse => "POST, OPTIONS",
+            Self::Response => "GET, HEAD, DELETE, OPTIONS",
+            _ => "GET, HEAD, OPTIONS",
         }
     }
 }
@@ -117,9 +144,17 @@ where
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
+        let dialect = request.exchange.dialect;
+        let uri = &request.head.uri;
         let answer = match route_of(&request) {
-            Ok(Route::Models) => Ok(json(&ModelList::new(self.catalogue.cards()))),
-            Ok(Route::Model) => self.card(request.head.uri.path()),
+            Ok(route) if request.head.method == Method::OPTIONS => Ok(options(route)),
+            Ok(Route::Models) => dialect
+                .models(self.catalogue.cards(), uri.query().unwrap_or_default())
+                .map(json),
+            Ok(Route::Model) => self.card(uri.path()).map(|card| json(dialect.model(&card))),
+            Ok(Route::Response | Route::InputItems | Route::CancelResponse) => {
+                return self.inner.call(request); // about what is kept, whatever model made it
+            }
             Ok(_) => match self.retarget(&mut request) {
                 Ok(()) => return self.inner.call(request),
                 Err(error) => Err(error),
@@ -146,6 +181,9 @@ fn route_of(request: &Request) -> Result<Route, ApiError> {
         ));
     }
     let methods = route.methods();
+    if request.head.method == Method::OPTIONS {
+        return Ok(route);
+    }
     if !methods
         .split(", ")
         .any(|method| method == request.head.method.as_str())
@@ -165,7 +203,7 @@ fn route_of(request: &Request) -> Result<Route, ApiError> {
     if request.head.method == Method::POST && !says_json(&request.head.headers) {
         return Err(ApiError::new(
             ErrorKind::UnsupportedMediaType,
-            "the body must be application/json without content-encoding",
+            "the body must be application/json",
         ));
     }
     Ok(route)
@@ -173,25 +211,21 @@ fn route_of(request: &Request) -> Result<Route, ApiError> {
 
 /// Clients that say nothing are believed to send JSON; the parser has the last word.
 fn says_json(headers: &http::HeaderMap) -> bool {
-    let json = headers.get(header::CONTENT_TYPE).is_none_or(|value| {
+    headers.get(header::CONTENT_TYPE).is_none_or(|value| {
         value.to_str().is_ok_and(|kind| {
             let kind = kind.split(';').next().unwrap_or_default().trim();
             kind.eq_ignore_ascii_case("application/json") || kind.ends_with("+json")
         })
-    });
-    let plain = headers
-        .get(header::CONTENT_ENCODING)
-        .is_none_or(|value| value.as_bytes().eq_ignore_ascii_case(b"identity"));
-    json && plain
+    })
 }
 
 impl<S> Resolve<S> {
-    fn card(&self, path: &str) -> Result<Response, ApiError> {
+    fn card(&self, path: &str) -> Result<ModelCard, ApiError> {
         let id = path
             .trim_end_matches('/')
             .strip_prefix("/v1/models/")
             .unwrap_or_default();
-        let id = percent_decode(id);
+        let id = query::decode(id);
         let resolved = self.catalogue.resolve(&id);
         resolved
             .and_then(|id| {
@@ -200,7 +234,6 @@ impl<S> Resolve<S> {
                     .into_iter()
                     .find(|card| *card.id == *id)
             })
-            .map(|card| json(&card))
             .ok_or_else(|| ApiError::model_not_found(&id))
     }
 
@@ -208,6 +241,9 @@ impl<S> Resolve<S> {
     fn retarget(&self, request: &mut Request) -> Result<(), ApiError> {
         let head: RequestHead<'_> = serde_json::from_slice(&request.body)
             .map_err(|error| ApiError::new(ErrorKind::InvalidRequest, bad_json(&error)))?;
+        if head.asks_usage() {
+            request.exchange.note_usage_asked();
+        }
         let name = head
             .model
             .filter(|name| !name.is_empty())
@@ -252,33 +288,23 @@ fn splice_model(body: &Bytes, id: &str) -> Result<Bytes, ApiError> {
     Ok(spliced.into())
 }
 
-fn json(value: &impl serde::Serialize) -> Response {
-    let body = serde_json::to_vec(value).expect("wire types always serialise");
+/// What may be done at a path, for those who ask.
+fn options(route: Route) -> Response {
+    let mut response = Response::new(Body::whole(Bytes::new()));
+    *response.status_mut() = http::StatusCode::NO_CONTENT;
+    response
+        .headers_mut()
+        .insert(header::ALLOW, HeaderValue::from_static(route.methods()));
+    response
+}
+
+pub(crate) fn json(body: Bytes) -> Response {
     let mut response = Response::new(Body::whole(body));
     response.headers_mut().insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("application/json"),
     );
     response
-}
-
-fn percent_decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        let hex = after.get(..2).and_then(|two| std::str::from_utf8(two).ok());
-        match (first, hex.and_then(|two| u8::from_str_radix(two, 16).ok())) {
-            (b'%', Some(byte)) => {
-                bytes.push(byte);
-                rest = &after[2..];
-            }
-            _ => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The daemon as a whole: builds the parts, listens, and stops in order.
 
-use crate::api::{ApiMetrics, ApiState, router};
+use crate::api::{ApiMetrics, ApiState, Running, router};
 use crate::config::Config;
 use crate::residency::Residency;
 use axum::serve::ListenerExt;
@@ -65,6 +65,7 @@ pub async fn serve(
             id: model.id.clone(),
             source: model.source.clone(),
             context_length: model.context_length,
+            quant: model.quant,
         };
         residency
             .load(wanted)
@@ -83,6 +84,7 @@ pub async fn serve(
         name: config.name.clone(),
         residency: residency.clone(),
         limits: config.limits,
+        running: Running::default(),
         at_start: config.models.iter().map(|model| model.id.clone()).collect(),
         stopping: AtomicBool::new(false),
         metrics: ApiMetrics::register(&registry),

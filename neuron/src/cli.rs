@@ -3,6 +3,7 @@
 use crate::config::{Config, ConfigError, ModelConfig};
 use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand};
+use protocol::node::WeightFormat;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -43,6 +44,9 @@ pub struct ServeArgs {
     /// The name requests use for it [default: the last part of --model]
     #[arg(long, value_name = "NAME", requires = "model")]
     pub id: Option<String>,
+    /// Hold its weights in this number format: f32, f16, bf16 or q8_0 [default: that of its files]
+    #[arg(long, value_name = "FORMAT", requires = "model")]
+    pub quant: Option<WeightFormat>,
     /// Where to listen [default: as configured, else 127.0.0.1:13131]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
@@ -66,6 +70,7 @@ impl ServeArgs {
                 id: self.id.clone().unwrap_or_else(|| name_of(source)),
                 source: source.clone(),
                 context_length: None,
+                quant: self.quant,
             }];
         }
         if let Some(listen) = self.listen {

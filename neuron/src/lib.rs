@@ -12,6 +12,7 @@ pub mod kernels;
 pub mod memory;
 pub mod model;
 pub mod parallel;
+pub mod quant;
 pub mod residency;
 pub mod telemetry;
 pub mod text;

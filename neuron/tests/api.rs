@@ -426,3 +426,55 @@ async fn a_quick_start_without_its_model_exits_1_and_says_why() {
     assert_eq!(code, Some(1));
     assert!(text.contains("/no/such/model"), "{text}");
 }
+
+#[tokio::test]
+async fn a_scored_prompt_has_the_scores_it_has_alone() {
+    let neuron = Neuron::with_model().await;
+    let long = "The quick brown fox jumps over the lazy dog. ".repeat(6);
+    let texts = ["one two three four", "a", long.as_str()];
+    let ask = |prompt: Value| json!({"model": "tiny", "prompt": prompt, "echo": true, "logprobs": 1, "max_tokens": 1, "temperature": 0});
+    let scores = |choice: &Value| -> Vec<f64> {
+        let scores = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        scores[1..]
+            .iter()
+            .map(|score| score.as_f64().unwrap())
+            .collect()
+    };
+    let together = neuron
+        .post("/v1/completions", &ask(json!(texts)))
+        .await
+        .json();
+    for (at, text) in texts.iter().enumerate() {
+        let alone = neuron
+            .post("/v1/completions", &ask(json!(text)))
+            .await
+            .json();
+        let (alone, among) = (
+            scores(&alone["choices"][0]),
+            scores(&together["choices"][at]),
+        );
+        assert_eq!(alone.len(), among.len());
+        for (alone, among) in alone.iter().zip(&among) {
+            assert!(
+                (alone - among).abs() < 1e-3,
+                "{alone} alone, {among} among others"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_schema_holds_a_real_models_answer_after_its_thinking() {
+    let neuron = Neuron::with_model().await;
+    let schema = json!({"type": "object", "properties": {"kind": {"enum": ["a", "b"]}}, "required": ["kind"], "additionalProperties": false});
+    let extra = json!({"enable_thinking": true, "thinking_budget": 8, "max_tokens": 400, "guided_json": schema});
+    let reply = neuron.post(CHAT, &chat("Hello", extra)).await;
+    let kind = serde_json::from_str::<Value>(&content(&reply)).unwrap()["kind"].clone();
+    assert!(kind == "a" || kind == "b", "{}", reply.body);
+    let usage = &reply.json()["usage"]["completion_tokens_details"];
+    assert!(
+        usage["reasoning_tokens"].as_u64().unwrap() >= 8,
+        "{}",
+        reply.body
+    );
+}

@@ -5,13 +5,20 @@
 use candle_core::{Device, Tensor, safetensors};
 use neuron::model::{self, Batch, LoadError, LoadOptions, LogitRows};
 use neuron::parallel::{Communicator, Threads};
+use neuron::quant::Format;
 use neuron::verify::{self, VerifyArgs};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-const FIXTURES: [&str; 2] = ["qwen3_5_text", "qwen3_5_vl_tied"];
+const FIXTURES: [&str; 5] = [
+    "qwen3_5_text",
+    "qwen3_5_vl_tied",
+    "qwen3_5_moe_vl",
+    "qwen3_next_moe",
+    "qwen3_next_dense",
+];
 const TOLERANCE: f32 = 3e-4;
 
 fn fixture(name: &str) -> PathBuf {
@@ -20,10 +27,14 @@ fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn options() -> LoadOptions {
-    LoadOptions {
-        device: Device::Cpu,
-        context_length: None,
+fn args(name: &str) -> VerifyArgs {
+    VerifyArgs {
+        model: fixture(name),
+        reference: fixture(name).join("golden.safetensors"),
+        chunk: None,
+        tolerance: TOLERANCE,
+        quant: None,
+        max_kl: None,
     }
 }
 
@@ -65,10 +76,8 @@ fn every_golden_number_is_met_whole_and_in_pieces_of_any_size() {
             Some(65),
         ] {
             let args = VerifyArgs {
-                model: fixture(name),
-                reference: fixture(name).join("golden.safetensors"),
                 chunk,
-                tolerance: TOLERANCE,
+                ..args(name)
             };
             let report = verify::run(&args).unwrap();
             assert!(report.passed(), "{name} in pieces of {chunk:?}:\n{report}");
@@ -78,6 +87,56 @@ fn every_golden_number_is_met_whole_and_in_pieces_of_any_size() {
                 with_hidden.hidden.is_some() && with_hidden.state.is_some(),
                 "states were compared as well"
             );
+            let with_trace = report.cases.iter().find(|case| case.tokens == 7).unwrap();
+            assert_eq!(
+                with_trace.routers.is_some(),
+                name.contains("moe"),
+                "{name}: routers were compared where there are any"
+            );
+            for case in &report.cases {
+                assert_eq!(
+                    case.drafts.is_some(),
+                    name.contains("_vl") && [7, 65].contains(&case.tokens),
+                    "{name}: drafts were compared where there are any"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_demo_model_gives_the_numbers_of_its_own_training_program() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for chunk in [None, Some(1), Some(7), Some(64)] {
+        let report = verify::run(&VerifyArgs {
+            model: folder.join("demo"),
+            reference: fixture("demo").join("golden.safetensors"),
+            chunk,
+            ..args("demo")
+        })
+        .unwrap();
+        assert!(report.passed(), "in pieces of {chunk:?}:\n{report}");
+        assert!(report.cases.iter().any(|case| case.drafts.is_some()));
+    }
+}
+
+/// Bounds on the mean KL for weights that are rounded, over all fixtures: twice what was measured.
+#[test]
+fn rounded_weights_stay_near_the_golden_predictions() {
+    for (quant, bound) in [
+        (Format::F32, 1e-8),
+        (Format::F16, 2e-5),
+        (Format::Bf16, 1.5e-3),
+        (Format::Q8_0, 1.3e-2),
+    ] {
+        for name in FIXTURES {
+            let report = verify::run(&VerifyArgs {
+                quant: Some(quant),
+                max_kl: Some(bound),
+                ..args(name)
+            })
+            .unwrap();
+            assert!(report.passed(), "{name} in {quant}:\n{report}");
         }
     }
 }
@@ -91,10 +150,8 @@ fn a_wrong_number_fails_and_names_the_layer() {
     *hidden = (&*hidden + 0.01).unwrap();
     safetensors::save(&golden, &reference).unwrap();
     let args = VerifyArgs {
-        model: fixture("qwen3_5_text"),
         reference,
-        chunk: None,
-        tolerance: TOLERANCE,
+        ..args("qwen3_5_text")
     };
     let report = verify::run(&args).unwrap();
     assert!(!report.passed());
@@ -109,7 +166,7 @@ fn a_wrong_number_fails_and_names_the_layer() {
 #[test]
 fn alone_and_in_a_batch_are_equal_in_any_order() {
     for name in FIXTURES {
-        let model = model::load(&fixture(name), &options(), &|_| {}).unwrap();
+        let model = model::load(&fixture(name), &LoadOptions::cpu(), &|_| {}).unwrap();
         let golden = golden(name);
         for order in [[1, 7, 63, 65], [65, 63, 7, 1], [7, 65, 1, 63]] {
             let mut states: Vec<_> = order.iter().map(|_| model.new_state().unwrap()).collect();
@@ -152,19 +209,41 @@ fn alone_and_in_a_batch_are_equal_in_any_order() {
 }
 
 #[test]
-fn one_rank_and_two_are_equal() {
-    let golden = golden("qwen3_5_text");
-    let ids = prompt(&golden, 65);
-    let logits: Vec<Tensor> = std::thread::scope(|scope| {
-        let ranks: Vec<_> = Threads::group(2)
+fn one_rank_and_many_are_equal() {
+    // (fixture, ranks): heads divide, or are copied where there are fewer than ranks
+    let worlds = [
+        ("qwen3_5_text", &[2, 4][..]),
+        ("qwen3_5_vl_tied", &[2]),
+        ("qwen3_5_moe_vl", &[2]),
+        ("qwen3_next_moe", &[2, 4]),
+        ("qwen3_next_dense", &[2]),
+    ];
+    for (name, sizes) in worlds {
+        for &world_size in sizes {
+            for logits in logits_of_ranks(name, world_size) {
+                let diff = max_diff(&logits, &golden(name)["len65/logits"]);
+                assert!(
+                    diff <= TOLERANCE,
+                    "{name}: {world_size} ranks differ from the golden logits by {diff}"
+                );
+            }
+        }
+    }
+}
+
+/// The logits that every rank has of the prompt of 65 tokens, run in two pieces.
+fn logits_of_ranks(name: &str, world_size: usize) -> Vec<Tensor> {
+    let ids = prompt(&golden(name), 65);
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = Threads::group(world_size)
             .into_iter()
             .map(|rank| {
                 let ids = &ids;
                 scope.spawn(move || {
                     let rank: Arc<dyn Communicator> = Arc::new(rank);
+                    let folder = fixture(name);
                     let model =
-                        model::load_rank(&fixture("qwen3_5_text"), &options(), rank, &|_| {})
-                            .unwrap();
+                        model::load_rank(&folder, &LoadOptions::cpu(), rank, &|_| {}).unwrap();
                     let mut state = model.new_state().unwrap();
                     let batch = |ids| Batch::single(ids, LogitRows::All);
                     let first = model
@@ -178,14 +257,7 @@ fn one_rank_and_two_are_equal() {
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    });
-    for logits in logits {
-        let diff = max_diff(&logits, &golden["len65/logits"]);
-        assert!(
-            diff <= TOLERANCE,
-            "two ranks differ from the golden logits by {diff}"
-        );
-    }
+    })
 }
 
 /// A copy of the text fixture that may be broken.
@@ -198,7 +270,7 @@ fn copy() -> tempfile::TempDir {
 }
 
 fn refusal(folder: &Path) -> (LoadError, String) {
-    let error = model::load(folder, &options(), &|_| {})
+    let error = model::load(folder, &LoadOptions::cpu(), &|_| {})
         .map(|_| ())
         .unwrap_err();
     let text = error.to_string();

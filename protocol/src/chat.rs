@@ -1,7 +1,10 @@
 //! OpenAI chat completions: the canonical dialect.
 
+use crate::controls::Controls;
+use crate::tokens::ChatLogprobs;
 use crate::usage::{Timings, Usage};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 
@@ -14,6 +17,19 @@ pub struct RequestHead<'a> {
     /// Whether the reply is to be a stream.
     #[serde(default)]
     pub stream: Option<bool>,
+    /// What else the stream is to carry; looked into by those who need it.
+    #[serde(borrow, default)]
+    pub stream_options: Option<&'a RawValue>,
+}
+
+impl RequestHead<'_> {
+    /// Whether the stream is to end with usage.
+    #[must_use]
+    pub fn asks_usage(&self) -> bool {
+        self.stream_options
+            .and_then(|options| serde_json::from_str::<StreamOptions>(options.get()).ok())
+            .is_some_and(|options| options.include_usage)
+    }
 }
 
 /// A chat request. Absent fields are `None`; fields without a name here land in `extra`.
@@ -65,12 +81,31 @@ pub struct ChatRequest {
     /// How much to think; `none` switches thinking off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_effort: Option<String>,
+    /// Whether to think; what `chat_template_kwargs` says wins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enable_thinking: Option<bool>,
+    /// Tokens to think for; then the thinking block is closed and the answer begins.
+    #[serde(
+        default,
+        alias = "thinking_token_budget",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub thinking_budget: Option<u64>,
     /// Variables for the model's own chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// Give the log probability of each token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<bool>,
+    /// And those of the likeliest tokens at its place, at most 20.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_logprobs: Option<u64>,
     /// The caller's end user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// What text completions have too.
+    #[serde(flatten)]
+    pub controls: Controls,
     /// Every other field of the request.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -289,6 +324,9 @@ pub struct Choice {
     pub index: u32,
     /// The answer.
     pub message: AssistantMessage,
+    /// Log probabilities of its tokens, if asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<ChatLogprobs>,
     /// Why it ended.
     pub finish_reason: Option<FinishReason>,
     /// The stop string that ended it; an extension, used for Anthropic's `stop_sequence`.
@@ -346,6 +384,9 @@ pub struct ChunkChoice {
     /// The new piece.
     #[serde(default)]
     pub delta: Delta,
+    /// Log probabilities of new tokens, if asked for; their text may come in this piece or a later one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<ChatLogprobs>,
     /// Set in the answer's last chunk.
     #[serde(default)]
     pub finish_reason: Option<FinishReason>,

@@ -1,6 +1,8 @@
 //! OpenAI text completions.
 
 use crate::chat::{FinishReason, StopStrings, StreamOptions};
+use crate::controls::Controls;
+use crate::tokens::CompletionLogprobs;
 use crate::usage::{Timings, Usage};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -39,9 +41,18 @@ pub struct CompletionRequest {
     /// Strings that end the answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop: Option<StopStrings>,
+    /// Repeat the prompt before the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub echo: Option<bool>,
+    /// Give log probabilities, with so many of the likeliest tokens at each place; with `echo` the prompt's too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<u64>,
     /// The caller's end user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// What chat completions have too.
+    #[serde(flatten)]
+    pub controls: Controls,
     /// Every other field of the request.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -89,8 +100,8 @@ pub struct CompletionChoice {
     pub index: u32,
     /// The text, or what is new of it.
     pub text: String,
-    /// Always null: log probabilities are refused for now.
-    pub logprobs: Option<Value>,
+    /// Log probabilities of its tokens, if asked for.
+    pub logprobs: Option<CompletionLogprobs>,
     /// Why it ended.
     pub finish_reason: Option<FinishReason>,
 }

@@ -22,12 +22,20 @@ pub enum ErrorKind {
     NotFound,
     /// No such model in the catalogue or on any node.
     ModelNotFound,
+    /// No request of this id is running.
+    RequestNotFound,
+    /// No such response is kept.
+    ResponseNotFound,
+    /// The response to go on from is not kept.
+    PreviousResponseNotFound,
     /// The path exists, the method does not.
     MethodNotAllowed,
     /// The client did not send its request in time.
     RequestTimeout,
     /// What is asked for contradicts what is there.
     Conflict,
+    /// Somebody cancelled the request by its id.
+    Cancelled,
     /// Body over the limit.
     PayloadTooLarge,
     /// A content type or encoding we do not read.
@@ -51,16 +59,22 @@ impl ErrorKind {
     #[must_use]
     pub fn status(self) -> u16 {
         match self {
-            Self::InvalidRequest | Self::ContextLengthExceeded => 400,
+            Self::InvalidRequest | Self::ContextLengthExceeded | Self::PreviousResponseNotFound => {
+                400
+            }
             Self::Unauthorized => 401,
             Self::Forbidden => 403,
-            Self::NotFound | Self::ModelNotFound => 404,
+            Self::NotFound
+            | Self::ModelNotFound
+            | Self::RequestNotFound
+            | Self::ResponseNotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::RequestTimeout => 408,
             Self::Conflict => 409,
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType => 415,
             Self::HeadersTooLarge => 431,
+            Self::Cancelled => 499,
             Self::RateLimited => 429,
             Self::Internal => 500,
             Self::BadGateway => 502,
@@ -89,7 +103,10 @@ impl ErrorKind {
         match self {
             Self::Unauthorized => "authentication_error",
             Self::Forbidden => "permission_error",
-            Self::NotFound | Self::ModelNotFound => "not_found_error",
+            Self::NotFound
+            | Self::ModelNotFound
+            | Self::RequestNotFound
+            | Self::ResponseNotFound => "not_found_error",
             Self::PayloadTooLarge => "request_too_large",
             Self::RateLimited => "rate_limit_error",
             Self::Unavailable => "overloaded_error",
@@ -106,18 +123,22 @@ impl ErrorKind {
             Self::ContextLengthExceeded => Some("context_length_exceeded"),
             Self::Unauthorized => Some("invalid_api_key"),
             Self::ModelNotFound => Some("model_not_found"),
+            Self::PreviousResponseNotFound => Some("previous_response_not_found"),
             Self::RateLimited => Some("rate_limit_exceeded"),
             Self::PayloadTooLarge => Some("request_too_large"),
             Self::Unavailable => Some("service_unavailable"),
             Self::BadGateway => Some("upstream_error"),
             Self::GatewayTimeout => Some("upstream_timeout"),
             Self::NotFound => Some("unknown_path"),
+            Self::RequestNotFound => Some("request_not_found"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::Conflict => Some("conflict"),
+            Self::UnsupportedMediaType => Some("unsupported_media_type"),
+            Self::Cancelled => Some("request_cancelled"),
             Self::InvalidRequest
             | Self::Forbidden
+            | Self::ResponseNotFound
             | Self::RequestTimeout
-            | Self::UnsupportedMediaType
             | Self::HeadersTooLarge
             | Self::Internal => None,
         }
@@ -139,6 +160,7 @@ impl ErrorKind {
             (413, _) => Self::PayloadTooLarge,
             (415, _) => Self::UnsupportedMediaType,
             (429, _) => Self::RateLimited,
+            (499, _) => Self::Cancelled,
             (503 | 529, _) => Self::Unavailable,
             (504, _) => Self::GatewayTimeout,
             _ => Self::BadGateway,
@@ -158,7 +180,7 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When to come back.
     pub retry_after: Option<Duration>,
-    /// Methods the path has, for a 405.
+    /// What would be taken instead: methods for a 405, encodings of the body for a 415.
     pub allow: Option<&'static str>,
     /// The cause, for the log alone.
     #[source]

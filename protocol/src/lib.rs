@@ -6,11 +6,13 @@
 
 pub mod chat;
 pub mod completions;
+pub mod controls;
 pub mod error;
 pub mod ext;
 pub mod models;
 pub mod node;
 pub mod sse;
+pub mod tokens;
 pub mod usage;
 
 pub use error::{ApiError, ErrorKind};

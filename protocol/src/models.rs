@@ -16,6 +16,9 @@ pub struct ModelCard {
     /// Longest prompt plus answer in tokens, once known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u64>,
+    /// What it can do, in the words of `ModelStatus::capabilities`; unknown until a node has told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capabilities: Option<Vec<String>>,
     /// `loaded`, `loading`, `available` (in the catalogue, loaded on demand), `failed`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<String>,
@@ -34,9 +37,18 @@ impl ModelCard {
             created,
             owned_by: owned_by.into(),
             context_length: None,
+            capabilities: None,
             state: None,
             nodes: Vec::new(),
         }
+    }
+
+    /// Whether a node has said that it can do `what`.
+    #[must_use]
+    pub fn can(&self, what: &str) -> bool {
+        self.capabilities
+            .as_ref()
+            .is_some_and(|known| known.iter().any(|known| known == what))
     }
 }
 

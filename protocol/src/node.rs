@@ -5,6 +5,8 @@
 //! `POST /models/unload` takes [`UnloadModel`] and answers 200 with a [`ModelStatus`].
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
 
 /// A host as it describes itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -85,6 +87,9 @@ pub struct ModelStatus {
     /// Longest prompt plus answer in tokens; zero while unknown.
     #[serde(default)]
     pub context_length: u64,
+    /// What it can do: `chat`, `completions`, `tools`, `thinking`, `images`, `structured_outputs`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub capabilities: Vec<String>,
     /// Requests running or waiting on it.
     #[serde(default)]
     pub in_flight: u64,
@@ -111,7 +116,68 @@ pub struct LoadModel {
     /// Upper bound on prompt plus answer in tokens; the model's own limit when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u64>,
+    /// The number format to hold weights in; that of the files when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quant: Option<WeightFormat>,
 }
+
+/// How the numbers of a model's weight matrices are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightFormat {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes, up to 65504.
+    F16,
+    /// 2 bytes: the upper half of an f32.
+    Bf16,
+    /// 34 bytes for 32 numbers: 8 bits each and a common scale (as `Q8_0` in GGUF files).
+    Q8_0,
+}
+
+/// A name that is no [`WeightFormat`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownFormat(String);
+
+impl WeightFormat {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
+
+    /// The word used on the wire, in files and on the command line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for WeightFormat {
+    type Err = UnknownFormat;
+
+    fn from_str(name: &str) -> Result<Self, UnknownFormat> {
+        let named = Self::ALL.into_iter().find(|format| format.as_str() == name);
+        named.ok_or_else(|| UnknownFormat(name.to_owned()))
+    }
+}
+
+impl fmt::Display for UnknownFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = WeightFormat::ALL.map(WeightFormat::as_str).join(", ");
+        write!(f, "\"{}\" is no number format; there are {all}", self.0)
+    }
+}
+
+impl std::error::Error for UnknownFormat {}
 
 /// Asks a node to let a model go once its requests have ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,10 +7,13 @@ use crate::lifecycle::Lifecycle;
 use crate::pingora::client::Client;
 use crate::pingora::downstream::{Intake, Serving};
 use crate::pingora::upstream::Upstream;
+use crate::responses::Responses;
 use crate::stack;
 use arc_swap::ArcSwap;
 use filters::metrics::Metrics;
+use filters::remember::StoreError;
 use prometheus::{IntCounterVec, Opts, Registry};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use tokio::signal::unix::{SignalKind, signal};
@@ -33,12 +36,23 @@ pub(crate) struct App {
     config: Arc<ArcSwap<Config>>,
     pub(crate) lifecycle: Arc<Lifecycle>,
     upstream: Upstream,
+    responses: Arc<Responses>,
     reloads: IntCounterVec,
+}
+
+/// Why the parts could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    #[error("responses.path = \"{}\" cannot be opened: {}", .0.display(), .1.0)]
+    Responses(PathBuf, StoreError),
 }
 
 impl App {
     /// Puts the parts together. Nothing runs yet.
-    pub(crate) fn build(config: Config) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// When the file of responses cannot be opened.
+    pub(crate) fn build(config: Config) -> Result<Arc<Self>, BuildError> {
         let registry = Registry::new();
         let metrics = Metrics::new(&registry);
         let reloads = IntCounterVec::new(
@@ -56,10 +70,20 @@ impl App {
         let control = Client::new(config.timeouts.connect, 64);
         let upstream = Upstream::new(Client::new(config.timeouts.connect, POOL));
         let fleet = Fleet::new(control.clone(), &config.neurons, config.poll, &registry);
+        let kept = &config.responses;
+        let responses = Responses::open(kept.path.as_deref(), kept.bounds, &registry)
+            .map_err(|error| BuildError::Responses(kept.path.clone().unwrap_or_default(), error))?;
         let config = Arc::new(ArcSwap::from_pointee(config));
         let lifecycle = Lifecycle::new(config.clone(), fleet.clone(), control, &registry);
-        let serving = serving(&config.load_full(), &metrics, &fleet, &lifecycle, &upstream);
-        Arc::new(Self {
+        let serving = serving(
+            &config.load_full(),
+            &metrics,
+            &fleet,
+            &lifecycle,
+            &responses,
+            &upstream,
+        );
+        Ok(Arc::new(Self {
             serving: Arc::new(ArcSwap::from_pointee(serving)),
             metrics,
             registry,
@@ -69,8 +93,9 @@ impl App {
             config,
             lifecycle,
             upstream,
+            responses,
             reloads,
-        })
+        }))
     }
 
     /// The configuration in force.
@@ -83,6 +108,7 @@ impl App {
         tokio::join!(
             self.fleet.run(),
             self.lifecycle.run(),
+            self.upstream.close_old(),
             self.reload_on_hangup()
         );
     }
@@ -122,16 +148,21 @@ impl App {
                 new.metrics_listen != old.metrics_listen,
             ),
             ("gateway.threads", new.threads != old.threads),
+            ("tls", new.tls != old.tls),
             (
                 "timeouts.connect",
                 new.timeouts.connect != old.timeouts.connect,
             ),
+            ("responses.path", new.responses.path != old.responses.path),
         ];
         for (key, _) in fixed.iter().filter(|(_, changed)| *changed) {
             tracing::warn!("{key} needs a restart to change");
         }
         (new.listen, new.metrics_listen, new.threads) =
             (old.listen, old.metrics_listen, old.threads);
+        new.tls.clone_from(&old.tls);
+        new.responses.path.clone_from(&old.responses.path);
+        self.responses.set_bounds(new.responses.bounds);
         let new = Arc::new(new);
         self.fleet.set_members(&new.neurons, new.poll);
         let serving = serving(
@@ -139,6 +170,7 @@ impl App {
             &self.metrics,
             &self.fleet,
             &self.lifecycle,
+            &self.responses,
             &self.upstream,
         );
         self.config.store(new);
@@ -152,6 +184,7 @@ fn serving(
     metrics: &Metrics,
     fleet: &Arc<Fleet>,
     lifecycle: &Arc<Lifecycle>,
+    responses: &Arc<Responses>,
     upstream: &Upstream,
 ) -> Serving {
     let catalogue = Arc::new(Catalogue::new(config.clone(), fleet.clone()));
@@ -160,6 +193,7 @@ fn serving(
             config,
             metrics,
             catalogue,
+            responses.clone(),
             lifecycle.clone(),
             upstream.clone(),
         ),

@@ -81,6 +81,9 @@ fn cards(config: &Config, view: &FleetView, since: u64) -> Vec<ModelCard> {
                 card.nodes.push(node.name.to_string());
                 card.context_length = Some(model.context_length).filter(|length| *length > 0);
                 card.state = Some(model.state.as_str().into());
+                if !model.capabilities.is_empty() {
+                    card.capabilities = Some(model.capabilities.clone());
+                }
             } else if card.nodes.is_empty() {
                 card.state = Some(model.state.as_str().into());
             }

@@ -8,6 +8,7 @@ mod config;
 mod fleet;
 mod lifecycle;
 mod pingora;
+mod responses;
 mod stack;
 mod status;
 mod telemetry;
@@ -45,7 +46,10 @@ fn serve(file: Option<&Path>) -> ExitCode {
     match read(file) {
         Ok(config) => {
             telemetry::start("info");
-            report(pingora::server::run(&app::App::build(config)))
+            match app::App::build(config) {
+                Ok(app) => report(pingora::server::run(&app)),
+                Err(error) => report(Err(error)),
+            }
         }
         Err(code) => code,
     }

@@ -2,8 +2,13 @@
 
 use crate::config::Config;
 use crate::pingora::upstream::Upstream;
+use filters::ask_usage::AskUsageLayer;
+use filters::cors::CorsLayer;
+use filters::decode::DecodeLayer;
+use filters::estimate::EstimateLayer;
 use filters::keep_alive::KeepAliveLayer;
 use filters::metrics::{Metrics, MetricsLayer, ObserveLayer};
+use filters::remember::{RememberLayer, ResponseStore};
 use filters::rescue::RescueLayer;
 use filters::residency::{Residency, ResidencyLayer};
 use filters::resolve::{Catalogue, ResolveLayer};
@@ -26,17 +31,24 @@ pub(crate) fn build(
     config: &Config,
     metrics: &Metrics,
     catalogue: Arc<dyn Catalogue>,
+    responses: Arc<dyn ResponseStore>,
     residency: Arc<dyn Residency>,
     upstream: Upstream,
 ) -> Stack {
     let timeouts = &config.timeouts;
+    let cors = config.cors.clone();
     let stack = ServiceBuilder::new()
         .layer(TraceLayer) // first: every reply has an id and every exchange its line, whatever happens below
         .layer(MetricsLayer::new(metrics.clone())) // above rescue, so that it counts the status the client saw
+        .option_layer(cors.map(|cors| CorsLayer::new(cors.origins, cors.max_age))) // above rescue: a page may read refusals too
         .layer(RescueLayer) // above all that can fail: from here up nothing does
+        .layer(DecodeLayer::new(config.max_body)) // above all that reads the body
         .layer(ResolveLayer::new(catalogue)) // before anything that costs: no model, no work
+        .layer(RememberLayer::new(responses, config.max_body)) // above translation: what it adds is translated like the rest
         .layer(TranslateLayer) // below it there are only chat and text completions
+        .layer(AskUsageLayer) // below translation, which asks by itself; above retry, so that a body is changed once
         .layer(KeepAliveLayer::new(timeouts.keep_alive)) // above all that waits, below translation, so that comments become pings
+        .layer(EstimateLayer::new(residency.clone())) // above residency, which would load a model just to count
         .layer(ResidencyLayer::new(residency)) // above retry: all attempts share one lease
         .layer(RetryLayer::new(config.attempts)) // above route: each attempt chooses anew
         .layer(RouteLayer::new(config.routing.clone())) // counts in flight for exactly one node

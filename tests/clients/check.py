@@ -3,10 +3,34 @@
 usage: check.py BASE_URL MODEL
 """
 
+import pathlib
 import sys
 
 import anthropic
 import openai
+from anthropic.types.beta.message_create_params import MessageCreateParamsBase as BetaMessageParams
+from anthropic.types.message_create_params import MessageCreateParamsBase as MessageParams
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
+
+# parameters of the SDKs' methods that travel as headers
+HEADERS = {"betas", "workspace_id"}
+
+
+def fields_are_documented():
+    """What an SDK can send stands in the document: a new version of it may know more."""
+    document = (pathlib.Path(__file__).parents[2] / "docs/dialects.md").read_text()
+    for title, types in [
+        ("POST /v1/chat/completions", [ChatParams]),
+        ("POST /v1/completions", [TextParams]),
+        ("POST /v1/messages", [MessageParams, BetaMessageParams]),
+    ]:
+        section = document.split(f"`{title}`")[1].split("\n## ")[0]
+        named = {row.split("`")[1].split(" ")[0].split(".")[0].split("[")[0] for row in section.splitlines() if row.startswith("| `")}
+        fields = {name for kind in types for name in kind.__annotations__} - HEADERS
+        assert fields <= named, f"docs/dialects.md lacks {sorted(fields - named)} of {title}"
+
+import responses
 
 
 def openai_chat(base, model):
@@ -66,6 +90,12 @@ def anthropic_messages(base, model):
     assert final.usage.output_tokens == whole.usage.output_tokens
     assert final.usage.input_tokens == whole.usage.input_tokens
 
+    thought = client.messages.create(**dict(ask, max_tokens=64), thinking={"type": "enabled", "budget_tokens": 32})
+    assert thought.content[0].type == "thinking", thought.content
+    count = client.messages.count_tokens(model=model, messages=ask["messages"]).input_tokens
+    assert count > 0
+    assert client.models.retrieve(model).id == model
+
     for wrong, kind in [
         (dict(ask, model="nobody"), anthropic.NotFoundError),
         (dict(ask, messages=[{"role": "robot", "content": "x"}]), anthropic.BadRequestError),
@@ -80,6 +110,9 @@ def anthropic_messages(base, model):
 
 if __name__ == "__main__":
     base, model = sys.argv[1:]
+    fields_are_documented()
     openai_chat(base, model)
+    responses.golden()
+    responses.running(base, model)
     anthropic_messages(base, model)
     print(f"openai {openai.__version__} and anthropic {anthropic.__version__}: whole, streamed and refused as they should be")

@@ -3,7 +3,7 @@
 use crate::until;
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::State;
+use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -117,6 +117,8 @@ impl FakeNode {
             .route("/models/unload", post(unload))
             .route("/v1/chat/completions", post(exchange))
             .route("/v1/completions", post(exchange))
+            .route("/tokenize", post(tokenize))
+            .layer(DefaultBodyLimit::disable())
             .with_state((shared.clone(), step.clone()));
         let address = listener.local_addr().unwrap();
         let runtime = Builder::new_multi_thread()
@@ -231,6 +233,7 @@ fn status(id: &str, state: ModelState, bytes: u64) -> ModelStatus {
         devices: vec!["cpu".into()],
         memory_bytes: bytes,
         context_length: 4096,
+        capabilities: vec!["chat".into(), "completions".into()],
         in_flight: 0,
         since: 1,
     }
@@ -332,6 +335,33 @@ async fn exchange(
     }
 }
 
+/// Counts as no tokenizer does, so that nobody takes the number for an estimate: a token a character and 1000 more.
+async fn tokenize(
+    State((shared, _)): State<Node>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    let contents = body["messages"].as_array().unwrap().iter();
+    let count = 1000
+        + contents
+            .map(|message| {
+                message["content"]
+                    .as_str()
+                    .unwrap_or_default()
+                    .chars()
+                    .count()
+            })
+            .sum::<usize>();
+    shared.lock().unwrap().seen.push(Seen {
+        path: uri.path().into(),
+        headers,
+        body,
+    });
+    axum::Json(json!({"count": count, "max_model_len": 4096, "tokens": []})).into_response()
+}
+
 /// A whole answer whose text is the node's name.
 fn answer(model: &str, node: &str) -> Value {
     json!({
@@ -341,7 +371,7 @@ fn answer(model: &str, node: &str) -> Value {
     })
 }
 
-/// The events of a short streamed answer in `words`, as a neuron sends them.
+/// The events of a short streamed answer in `words`, as a neuron sends them when it is asked for usage.
 #[must_use]
 pub fn words(words: &[&str]) -> Vec<String> {
     let chunk = |delta: Value, finish: Value| {
@@ -361,9 +391,11 @@ pub fn words(words: &[&str]) -> Vec<String> {
             .map(|word| chunk(json!({"content": word}), Value::Null)),
     );
     events.push(chunk(json!({}), "stop".into()));
-    events.push(
-        ": usage {\"prompt_tokens\":7,\"completion_tokens\":3,\"total_tokens\":10}\n\n".into(),
-    );
+    let usage = json!({
+        "id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+    });
+    events.push(format!("data: {usage}\n\n"));
     events.push("data: [DONE]\n\n".into());
     events
 }

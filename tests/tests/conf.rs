@@ -23,7 +23,7 @@ fn the_sample_files_pass_the_check() {
     );
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "fine: 1 nodes, 1 models\n"
+        "fine: 1 nodes, 2 models\n"
     );
 }
 

@@ -19,9 +19,18 @@ async fn tokens_and_times_are_counted_by_model_and_node() {
         .await;
     node.script(Script::Stream(words(&["one", "two"])));
     let body = json!({"model": "m", "stream": true, "max_tokens": 5, "messages": []});
-    for path in ["/v1/chat/completions", "/v1/messages"] {
-        cortex.post(path, &body).await.text().await.unwrap();
-    }
+    let chat = cortex.post("/v1/chat/completions", &body).await;
+    let chat = chat.text().await.unwrap();
+    assert!(
+        chat.contains("two") && chat.contains("[DONE]") && !chat.contains("usage"),
+        "who did not ask for usage is not told: {chat}"
+    );
+    cortex
+        .post("/v1/messages", &body)
+        .await
+        .text()
+        .await
+        .unwrap();
     let labels = "{model=\"m\",node=\"a\"}";
     until("all three are counted", || async {
         (cortex
@@ -71,8 +80,8 @@ async fn tokens_and_times_are_counted_by_model_and_node() {
     );
     let asked = &node.seen()[1];
     assert_eq!(
-        asked.headers["x-cortex-usage-comment"], "1",
-        "usage is asked for without touching the body"
+        asked.body["stream_options"]["include_usage"], true,
+        "usage is asked for all the same"
     );
 }
 

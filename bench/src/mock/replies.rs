@@ -189,6 +189,7 @@ fn chat_reply(text: String) -> ChatReply {
                 content: Some(text),
                 ..AssistantMessage::default()
             },
+            logprobs: None,
             finish_reason: Some(FinishReason::Stop),
             stop_reason: None,
         }],
@@ -211,6 +212,7 @@ fn chat_chunk(piece: Option<usize>) -> ChatChunk {
                 content: piece.map(|number| format!(" word{number}")),
                 ..Delta::default()
             },
+            logprobs: None,
             finish_reason: piece.is_none().then_some(FinishReason::Stop),
             stop_reason: None,
         }],
@@ -267,6 +269,7 @@ fn model_status() -> ModelStatus {
         devices: vec!["cpu".into()],
         memory_bytes: MEMORY,
         context_length: CONTEXT,
+        capabilities: Vec::new(),
         in_flight: 0,
         since: CREATED,
     }

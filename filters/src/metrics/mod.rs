@@ -1,5 +1,6 @@
 //! What Prometheus sees of each exchange: families, labels, and the layer that moves them.
 
+use crate::resolve::Route;
 use crate::{Exchange, Request, Response};
 use prometheus::core::Collector;
 use prometheus::{
@@ -257,6 +258,9 @@ impl Drop for Record {
         let (Some(target), Some(node)) = (exchange.target(), exchange.node()) else {
             return;
         };
+        if exchange.route == Route::CountTokens {
+            return; // nothing was generated, so it says nothing of how quick that is
+        }
         let served = self.metrics.served(&target.model, &node);
         let total = exchange.started.elapsed();
         served.latency.observe(total.as_secs_f64());

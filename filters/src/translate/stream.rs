@@ -22,6 +22,8 @@ pub struct Translated {
     translator: Box<dyn Translator>,
     events: Vec<Event>,
     out: Vec<u8>,
+    /// What the stream failed with, told after the events that came before it.
+    failed: Option<ApiError>,
 }
 
 impl Translated {
@@ -34,6 +36,7 @@ impl Translated {
             translator,
             events: Vec::new(),
             out: Vec::new(),
+            failed: None,
         }
     }
 
@@ -95,7 +98,7 @@ impl Stream for Translated {
         let this = &mut *self;
         loop {
             let Some(body) = this.body.as_mut() else {
-                return Poll::Ready(None);
+                return Poll::Ready(this.failed.take().map(Err));
             };
             let fed = match ready!(body.poll_next_unpin(cx)) {
                 Some(Ok(bytes)) => this.feed(&bytes),
@@ -107,7 +110,8 @@ impl Stream for Translated {
                 Ok(true) => this.body = None,
                 Err(error) => {
                     this.body = None;
-                    return Poll::Ready(Some(Err(error)));
+                    this.translator.fail(&error, &mut this.out);
+                    this.failed = Some(error);
                 }
             }
             if !this.out.is_empty() {

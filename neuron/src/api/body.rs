@@ -63,11 +63,11 @@ pub(super) async fn read(
     }
 }
 
-/// The body as `T`. `fields` are asked which of them is at fault when it is not.
+/// The body as `T`. The fields of `lists` are asked which of them is at fault when it is not.
 ///
 /// # Errors
 /// 400 with `param` set where one field is wrong.
-pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], fields: &[Field]) -> Result<T, ApiError> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], lists: &[&[Field]]) -> Result<T, ApiError> {
     let error = match serde_json::from_slice(bytes) {
         Ok(request) => return Ok(request),
         Err(error) => error,
@@ -82,7 +82,7 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], fields: &[Field]) -> Resu
         let message = "the body must be a JSON object";
         return Err(ApiError::new(ErrorKind::InvalidRequest, message));
     }
-    for (name, fits, kind) in fields {
+    for (name, fits, kind) in lists.iter().copied().flatten() {
         if fits(&value[*name]) {
             continue;
         }

@@ -2,14 +2,21 @@
 
 use super::body::{self, Field, is};
 use super::failure::{Failure, template};
-use super::fields::{self, Sampling};
-use super::generation::{self, Answer, Delivery, Origin, Whole, find_model, in_background, new_id};
-use super::{ApiState, RequestId};
+use super::fields::{self, CONTROLS, Given};
+use super::generation::{
+    self, Answer, Delivery, Origin, Total, Whole, find_model, in_background, new_id,
+};
+use super::grammar::Asked;
+use super::{ApiState, RequestId, grammar, scores};
+use crate::engine::guide::{Guide, Scope, ThinkingBudget};
 use crate::engine::request::{Finish, Request};
+use crate::residency::folder::ModelText;
 use crate::residency::{ServedModel, unix_seconds};
-use crate::text::output::{Delta, Output, OutputOptions};
+use crate::text::grammar::{Grammar, Shape};
+use crate::text::output::{Delta, OutputOptions, Scored};
 use crate::text::reasoning::ThinkTags;
 use crate::text::template::Conversation;
+use crate::text::tokenizer::Tokenizer;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
@@ -17,8 +24,7 @@ use axum::response::{IntoResponse, Response};
 use protocol::ApiError;
 use protocol::chat::{
     AssistantMessage, ChatChunk, ChatReply, ChatRequest, Choice, ChunkChoice, Content,
-    Delta as WireDelta, FunctionCallDelta, Message, Part, StopStrings, StreamOptions, Tool,
-    ToolCallDelta,
+    Delta as WireDelta, FunctionCallDelta, Message, Part, StreamOptions, Tool, ToolCallDelta,
 };
 use protocol::sse::write_data;
 use serde_json::{Map, Value};
@@ -36,16 +42,6 @@ const FIELDS: &[Field] = &[
         is::<Option<u64>>,
         "a whole number, 1 or more",
     ),
-    ("temperature", is::<Option<f64>>, "a number"),
-    ("top_p", is::<Option<f64>>, "a number"),
-    ("top_k", is::<Option<i64>>, "a whole number"),
-    ("min_p", is::<Option<f64>>, "a number"),
-    ("seed", is::<Option<i64>>, "a whole number"),
-    (
-        "stop",
-        is::<Option<StopStrings>>,
-        "a string or a list of strings",
-    ),
     (
         "tools",
         is::<Option<Vec<Tool>>>,
@@ -53,12 +49,24 @@ const FIELDS: &[Field] = &[
     ),
     ("parallel_tool_calls", is::<Option<bool>>, "true or false"),
     ("reasoning_effort", is::<Option<String>>, "a string"),
+    ("enable_thinking", is::<Option<bool>>, "true or false"),
+    ("thinking_budget", is::<Option<u64>>, "a number of tokens"),
+    (
+        "thinking_token_budget",
+        is::<Option<u64>>,
+        "a number of tokens",
+    ),
     (
         "chat_template_kwargs",
         is::<Option<Map<String, Value>>>,
         "an object",
     ),
-    ("user", is::<Option<String>>, "a string"),
+    ("logprobs", is::<Option<bool>>, "true or false"),
+    (
+        "top_logprobs",
+        is::<Option<u64>>,
+        "a whole number from 0 to 20",
+    ),
 ];
 
 /// Checks, renders, tokenises, generates.
@@ -70,50 +78,75 @@ pub(super) async fn complete(
 ) -> Result<Response, Failure> {
     let arrived = Instant::now();
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wire: ChatRequest = body::parse(&bytes, FIELDS)?;
+    let wire: ChatRequest = body::parse(&bytes, &[FIELDS, CONTROLS])?;
     let unknown_fields = fields::check(&wire.extra, &state.metrics)?;
     let delivery = Delivery::new(wire.stream, wire.stream_options, &headers, unknown_fields)?;
     let model = find_model(&state, &wire.model)?;
-    let answer = ChatAnswer::new(&wire.model);
     let origin = Origin {
         id: request_id.0.clone(),
         arrived,
         deadline: arrived + state.limits.request_deadline,
     };
-    let served = model.clone();
-    let request = in_background(move || prepare(wire, &served, origin)).await?;
-    generation::answer(&model, request, answer, delivery, &request_id).await
+    let (served, most) = (model.clone(), state.limits.max_waiting);
+    let requests = in_background(move || prepare(wire, &served, origin, most)).await?;
+    let count = requests.len();
+    let answer = ChatAnswer::new(&model, count);
+    generation::answer(
+        &state,
+        &model,
+        (requests, count),
+        answer,
+        delivery,
+        &request_id,
+    )
+    .await
 }
 
 /// Everything that can be wrong with a request is found here.
-fn prepare(wire: ChatRequest, model: &ServedModel, origin: Origin) -> Result<Request, ApiError> {
-    let sampling = Sampling {
+fn prepare(
+    wire: ChatRequest,
+    model: &ServedModel,
+    origin: Origin,
+    most: usize,
+) -> Result<Vec<Request>, ApiError> {
+    let text = &model.text;
+    let logprobs = wire.logprobs.unwrap_or(false);
+    if wire.top_logprobs.is_some_and(|count| count > 0) && !logprobs {
+        let message = "`top_logprobs` is only for `logprobs: true`";
+        return Err(ApiError::invalid("top_logprobs", message));
+    }
+    let mut checked = Given {
         temperature: wire.temperature,
         top_p: wire.top_p,
         top_k: wire.top_k,
         min_p: wire.min_p,
         seed: wire.seed,
-    };
-    let sampling = sampling.checked(model.text.sampling)?;
-    let stop = fields::stop_strings(wire.stop)?;
+        stop: wire.stop,
+        logprobs: logprobs.then(|| wire.top_logprobs.unwrap_or(0)),
+        controls: wire.controls,
+    }
+    .checked(text, origin)?;
+    fields::not_too_many("n", checked.count, most)?;
     check_messages(&wire.messages)?;
-    let tools = offered_tools(wire.tools, wire.tool_choice.as_ref())?;
-    let variables =
-        template_variables(wire.chat_template_kwargs, wire.reasoning_effort.as_deref())?;
-    let prompt = model
-        .text
+    let one_call = wire.parallel_tool_calls == Some(false);
+    let (tools, choice) = offered_tools(wire.tools, wire.tool_choice.as_ref())?;
+    let shape = checked.shape.take();
+    let grammar = held_to(text, shape, &tools, &choice, !one_call)?;
+    let variables = template_variables(
+        wire.chat_template_kwargs,
+        wire.reasoning_effort.as_deref(),
+        wire.enable_thinking,
+    )?;
+    let prompt = text
         .template
         .render(&Conversation {
             messages: &wire.messages,
             tools: &tools,
+            add_generation_prompt: true,
             variables: &variables,
         })
         .map_err(template)?;
-    let ids = model
-        .text
-        .tokenizer
-        .encode(&prompt)
-        .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    let ids = encode(text, &prompt)?;
     if ids.is_empty() {
         return Err(ApiError::invalid("messages", "the prompt is empty"));
     }
@@ -121,25 +154,41 @@ fn prepare(wire: ChatRequest, model: &ServedModel, origin: Origin) -> Result<Req
         Some(wanted) => ("max_completion_tokens", Some(wanted)),
         None => ("max_tokens", wire.max_tokens),
     };
-    let max_tokens = fields::max_tokens(wanted, ids.len(), model.context_length)?;
-    let options = OutputOptions {
-        stop,
+    fields::not_zero(wanted)?;
+    let least = checked.sampling.min_tokens();
+    let max_tokens =
+        fields::max_tokens(wanted.1, "messages", ids.len(), model.context_length, least)?;
+    let guide = guide(text, wire.thinking_budget, grammar)?;
+    let tools: Option<Arc<[Tool]>> = (!tools.is_empty()).then(|| tools.into());
+    let options = || OutputOptions {
         thinking: Some(ThinkTags::opened_by(&prompt)),
-        one_call: wire.parallel_tool_calls == Some(false),
-        tools: (!tools.is_empty()).then(|| tools.into()),
+        one_call,
+        tools: tools.clone().map(|tools| (text.tool_form, tools)),
+        ..OutputOptions::default()
     };
-    Ok(Request {
-        id: origin.id,
-        arrived: origin.arrived,
-        deadline: origin.deadline,
-        prompt: ids,
-        max_tokens,
-        sampling,
-        output: Output::new(model.text.tokenizer.clone(), options),
-    })
+    Ok(checked.requests(model, &ids, max_tokens, &guide, options))
 }
 
-fn check_messages(messages: &[Message]) -> Result<(), ApiError> {
+fn encode(text: &ModelText, prompt: &str) -> Result<Vec<u32>, ApiError> {
+    text.tokenizer
+        .encode(prompt)
+        .map_err(|error| ApiError::invalid("messages", error.to_string()))
+}
+
+fn guide(
+    text: &ModelText,
+    budget: Option<u64>,
+    grammar: Option<(Grammar, Scope)>,
+) -> Result<Guide, ApiError> {
+    /// How models end a thought, and what of it stands before the answer.
+    const END: &str = "\n</think>\n\n";
+    const GAP: &str = "\n\n";
+    let close: Arc<[u32]> = encode(text, END)?.into();
+    let budget = budget.map(|tokens| ThinkingBudget { tokens, close });
+    Ok(Guide::new(budget, grammar, encode(text, GAP)?.into()))
+}
+
+pub(super) fn check_messages(messages: &[Message]) -> Result<(), ApiError> {
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` is empty"));
     }
@@ -155,8 +204,22 @@ fn check_messages(messages: &[Message]) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// The tools the model is told about.
-fn offered_tools(tools: Option<Vec<Tool>>, choice: Option<&Value>) -> Result<Vec<Tool>, ApiError> {
+/// Which tools the model may call, and whether it must.
+enum ToolChoice {
+    /// As it likes.
+    Free,
+    /// At least one, of all.
+    Required,
+    /// At least one, of this alone.
+    Named(String),
+}
+
+/// The tools the model is told about, and its choice among them.
+fn offered_tools(
+    tools: Option<Vec<Tool>>,
+    choice: Option<&Value>,
+) -> Result<(Vec<Tool>, ToolChoice), ApiError> {
+    let wrong = |message: String| Err(ApiError::invalid("tool_choice", message));
     let tools = tools.unwrap_or_default();
     if let Some(index) = tools.iter().position(|tool| tool.kind != "function") {
         let param = format!("tools[{index}].type");
@@ -165,31 +228,86 @@ fn offered_tools(tools: Option<Vec<Tool>>, choice: Option<&Value>) -> Result<Vec
             "the type of a tool must be `function`",
         ));
     }
-    if let Some(index) = tools
-        .iter()
-        .position(|tool| tool.function.strict == Some(true))
-    {
-        let param = format!("tools[{index}].function.strict");
-        let message = "`strict` is not supported: answers are not held to a schema";
-        return Err(ApiError::invalid(param, message));
+    let choice = match choice {
+        None | Some(Value::Null) => ToolChoice::Free,
+        Some(Value::String(word)) if word == "auto" => ToolChoice::Free,
+        Some(Value::String(word)) if word == "none" => return Ok((Vec::new(), ToolChoice::Free)),
+        Some(Value::String(word)) if word == "required" => ToolChoice::Required,
+        Some(named) if named["type"] == "function" => match named["function"]["name"].as_str() {
+            Some(name) if tools.iter().any(|tool| tool.function.name == name) => {
+                ToolChoice::Named(name.to_owned())
+            }
+            Some(name) => {
+                return wrong(format!(
+                    "`tool_choice` names `{name}`, which is not in `tools`"
+                ));
+            }
+            None => return wrong("`tool_choice.function.name` must be a string".into()),
+        },
+        Some(_) => {
+            return wrong(
+                "`tool_choice` must be auto, none, required or {\"type\": \"function\", \"function\": {\"name\": …}}".into(),
+            );
+        }
+    };
+    if tools.is_empty() && !matches!(choice, ToolChoice::Free) {
+        return wrong("`tool_choice` asks for a call, and there are no `tools`".into());
     }
-    match choice {
-        None | Some(Value::Null) => Ok(tools),
-        Some(Value::String(word)) if word == "auto" => Ok(tools),
-        Some(Value::String(word)) if word == "none" => Ok(Vec::new()),
-        Some(_) => Err(ApiError::invalid(
-            "tool_choice",
-            "`tool_choice` may be `auto` or `none`: the model cannot be forced to call",
-        )),
-    }
+    Ok((tools, choice))
 }
 
-/// Variables for the template. The template's own switch wins over `reasoning_effort`.
-fn template_variables(
+/// What holds the answer to a shape, and the calls in it to their tools.
+fn held_to(
+    text: &ModelText,
+    asked: Option<Asked>,
+    tools: &[Tool],
+    choice: &ToolChoice,
+    several: bool,
+) -> Result<Option<(Grammar, Scope)>, ApiError> {
+    let form = text.tool_form;
+    let strict = tools.iter().any(|tool| tool.function.strict == Some(true));
+    let (shape, field, scope) = match (choice, asked) {
+        // The answer is calls alone: no other shape bears on it.
+        (ToolChoice::Required, _) => (form.shape(tools, None, several), "tools", Scope::Answer),
+        (ToolChoice::Named(name), _) => (
+            form.shape(tools, Some(name), several),
+            "tools",
+            Scope::Answer,
+        ),
+        (ToolChoice::Free, Some((shape, field))) if tools.is_empty() => {
+            (Some(shape), field, Scope::Answer)
+        }
+        (ToolChoice::Free, Some((Shape::JsonSchema(schema), field))) => (
+            form.shape_or_json(tools, several, schema),
+            field,
+            Scope::Answer,
+        ),
+        (ToolChoice::Free, Some((_, field))) => {
+            let message =
+                format!("`{field}` would keep the model from calling: leave out it or `tools`");
+            return Err(ApiError::invalid(field, message));
+        }
+        (ToolChoice::Free, None) if strict => (form.block_shape(tools), "tools", Scope::Calls),
+        (ToolChoice::Free, None) => return Ok(None),
+    };
+    let Some(shape) = shape else {
+        return Ok(None);
+    };
+    Ok(Some((grammar::compile(text, (shape, field))?, scope)))
+}
+
+/// Variables for the template. The template's own switch wins over `enable_thinking`, and that over `reasoning_effort`.
+pub(super) fn template_variables(
     given: Option<Map<String, Value>>,
     effort: Option<&str>,
+    enable_thinking: Option<bool>,
 ) -> Result<Map<String, Value>, ApiError> {
     let mut variables = given.unwrap_or_default();
+    if let Some(thinking) = enable_thinking {
+        variables
+            .entry("enable_thinking")
+            .or_insert(thinking.into());
+    }
     let thinking = match effort {
         None => return Ok(variables),
         Some("none") => false,
@@ -210,14 +328,19 @@ struct ChatAnswer {
     id: String,
     created: u64,
     model: String,
+    tokenizer: Arc<Tokenizer>,
+    /// Of each choice the scores that no chunk has taken yet.
+    scores: Vec<Vec<Scored>>,
 }
 
 impl ChatAnswer {
-    fn new(model: &str) -> Self {
+    fn new(model: &ServedModel, count: usize) -> Self {
         Self {
             id: new_id("chatcmpl-"),
             created: unix_seconds(),
-            model: model.to_owned(),
+            model: model.id.clone(),
+            tokenizer: model.text.tokenizer.clone(),
+            scores: vec![Vec::new(); count],
         }
     }
 
@@ -233,30 +356,48 @@ impl ChatAnswer {
         }
     }
 
-    fn write(&self, delta: WireDelta, out: &mut Vec<u8>) {
+    fn write(
+        &mut self,
+        index: usize,
+        delta: WireDelta,
+        finish: Option<&Finish>,
+        out: &mut Vec<u8>,
+    ) {
+        let scores = std::mem::take(&mut self.scores[index]);
         let choice = ChunkChoice {
-            index: 0,
+            index: number(index),
             delta,
-            finish_reason: None,
-            stop_reason: None,
+            logprobs: scores::chat(&self.tokenizer, &scores),
+            finish_reason: finish.map(|finish| finish.reason),
+            stop_reason: finish.and_then(|finish| finish.stop_string.clone()),
         };
         write_data(out, &self.chunk(vec![choice]));
     }
 }
 
+fn number(index: usize) -> u32 {
+    u32::try_from(index).expect("the number of answers is bounded")
+}
+
 impl Answer for ChatAnswer {
     fn open(&mut self, out: &mut Vec<u8>) {
-        let delta = WireDelta {
-            role: Some("assistant".into()),
-            content: Some(String::new()),
-            ..WireDelta::default()
-        };
-        self.write(delta, out);
+        for index in 0..self.scores.len() {
+            let delta = WireDelta {
+                role: Some("assistant".into()),
+                content: Some(String::new()),
+                ..WireDelta::default()
+            };
+            self.write(index, delta, None, out);
+        }
     }
 
-    fn delta(&mut self, delta: Delta, out: &mut Vec<u8>) {
+    fn delta(&mut self, index: usize, delta: Delta, out: &mut Vec<u8>) {
         let mut wire = WireDelta::default();
         match delta {
+            // Nobody can ask for the first here.
+            Delta::Prompt(_) => return,
+            // They go with the next text, or with the end.
+            Delta::Scored(scored) => return self.scores[index].push(scored),
             Delta::Content(text) => wire.content = Some(text),
             Delta::Reasoning(text) => wire.reasoning_content = Some(text),
             Delta::ToolCall {
@@ -275,48 +416,51 @@ impl Answer for ChatAnswer {
                 }]);
             }
         }
-        self.write(wire, out);
+        self.write(index, wire, None, out);
     }
 
-    fn close(&mut self, finish: &Finish, usage: bool, out: &mut Vec<u8>) {
-        let choice = ChunkChoice {
-            index: 0,
-            delta: WireDelta::default(),
-            finish_reason: Some(finish.reason),
-            stop_reason: finish.stop_string.clone(),
-        };
-        write_data(out, &self.chunk(vec![choice]));
-        if usage {
-            let chunk = ChatChunk {
-                usage: Some(finish.usage),
-                timings: Some(finish.timings),
-                ..self.chunk(Vec::new())
-            };
-            write_data(out, &chunk);
-        }
+    fn close(&mut self, index: usize, finish: &Finish, out: &mut Vec<u8>) {
+        self.write(index, WireDelta::default(), Some(finish), out);
     }
 
-    fn whole(self, whole: Whole) -> Response {
-        let message = AssistantMessage {
-            role: "assistant".into(),
-            // Null only where calls take the place of text.
-            content: (!whole.content.is_empty() || whole.calls.is_empty()).then_some(whole.content),
-            reasoning_content: (!whole.reasoning.is_empty()).then_some(whole.reasoning),
-            tool_calls: (!whole.calls.is_empty()).then_some(whole.calls),
+    fn usage(&mut self, total: &Total, out: &mut Vec<u8>) {
+        let chunk = ChatChunk {
+            usage: Some(total.usage),
+            timings: Some(total.timings),
+            ..self.chunk(Vec::new())
         };
+        write_data(out, &chunk);
+    }
+
+    fn whole(self, answers: Vec<(Whole, Finish)>, total: &Total) -> Response {
+        let choices = answers
+            .into_iter()
+            .enumerate()
+            .map(|(index, (whole, finish))| {
+                let message = AssistantMessage {
+                    role: "assistant".into(),
+                    // Null only where calls take the place of text.
+                    content: (!whole.content.is_empty() || whole.calls.is_empty())
+                        .then_some(whole.content),
+                    reasoning_content: (!whole.reasoning.is_empty()).then_some(whole.reasoning),
+                    tool_calls: (!whole.calls.is_empty()).then_some(whole.calls),
+                };
+                Choice {
+                    index: number(index),
+                    message,
+                    logprobs: scores::chat(&self.tokenizer, &whole.scored),
+                    finish_reason: Some(finish.reason),
+                    stop_reason: finish.stop_string,
+                }
+            });
         axum::Json(ChatReply {
+            choices: choices.collect(),
             id: self.id,
             object: "chat.completion".into(),
             created: self.created,
             model: self.model,
-            choices: vec![Choice {
-                index: 0,
-                message,
-                finish_reason: Some(whole.finish.reason),
-                stop_reason: whole.finish.stop_string,
-            }],
-            usage: Some(whole.finish.usage),
-            timings: Some(whole.finish.timings),
+            usage: Some(total.usage),
+            timings: Some(total.timings),
         })
         .into_response()
     }

@@ -2,21 +2,26 @@
 
 use super::body::{self, Field, is};
 use super::failure::Failure;
-use super::fields::{self, Sampling};
-use super::generation::{self, Answer, Delivery, Origin, Whole, find_model, in_background, new_id};
-use super::{ApiState, RequestId};
+use super::fields::{self, CONTROLS, Given};
+use super::generation::{
+    self, Answer, Delivery, Origin, Total, Whole, find_model, in_background, new_id,
+};
+use super::scores::TextScores;
+use super::{ApiState, RequestId, grammar};
+use crate::engine::guide::{Guide, Scope};
 use crate::engine::request::{Finish, Request};
 use crate::residency::{ServedModel, unix_seconds};
-use crate::text::output::{Delta, Output, OutputOptions};
+use crate::text::output::{Delta, OutputOptions, Scored};
 use crate::text::tokenizer::Tokenizer;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use protocol::ApiError;
-use protocol::chat::{FinishReason, StopStrings, StreamOptions};
+use protocol::chat::{FinishReason, StreamOptions};
 use protocol::completions::{CompletionChoice, CompletionReply, CompletionRequest, Prompt};
 use protocol::sse::write_data;
+use protocol::tokens::CompletionLogprobs;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,21 +30,16 @@ const DEFAULT_MAX_TOKENS: u64 = 16;
 
 const FIELDS: &[Field] = &[
     ("model", is::<String>, "a string"),
-    ("prompt", is::<Prompt>, "a string or a list of token ids"),
+    (
+        "prompt",
+        is::<Prompt>,
+        "a string, a list of strings, a list of token ids or a list of such lists",
+    ),
     ("stream", is::<Option<bool>>, "true or false"),
     ("stream_options", is::<Option<StreamOptions>>, "an object"),
-    ("max_tokens", is::<Option<u64>>, "a whole number, 1 or more"),
-    ("temperature", is::<Option<f64>>, "a number"),
-    ("top_p", is::<Option<f64>>, "a number"),
-    ("top_k", is::<Option<i64>>, "a whole number"),
-    ("min_p", is::<Option<f64>>, "a number"),
-    ("seed", is::<Option<i64>>, "a whole number"),
-    (
-        "stop",
-        is::<Option<StopStrings>>,
-        "a string or a list of strings",
-    ),
-    ("user", is::<Option<String>>, "a string"),
+    ("max_tokens", is::<Option<u64>>, "a whole number"),
+    ("echo", is::<Option<bool>>, "true or false"),
+    ("logprobs", is::<Option<u64>>, "a whole number from 0 to 20"),
 ];
 
 /// Checks, tokenises, generates.
@@ -51,104 +51,130 @@ pub(super) async fn complete(
 ) -> Result<Response, Failure> {
     let arrived = Instant::now();
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wire: CompletionRequest = body::parse(&bytes, FIELDS)?;
+    let wire: CompletionRequest = body::parse(&bytes, &[FIELDS, CONTROLS])?;
     let unknown_fields = fields::check(&wire.extra, &state.metrics)?;
     let delivery = Delivery::new(wire.stream, wire.stream_options, &headers, unknown_fields)?;
     let model = find_model(&state, &wire.model)?;
-    let answer = TextAnswer {
-        id: new_id("cmpl-"),
-        created: unix_seconds(),
-        model: wire.model.clone(),
-    };
     let origin = Origin {
         id: request_id.0.clone(),
         arrived,
         deadline: arrived + state.limits.request_deadline,
     };
-    let served = model.clone();
-    let request = in_background(move || prepare(wire, &served, origin)).await?;
-    generation::answer(&model, request, answer, delivery, &request_id).await
+    let (served, most) = (model.clone(), state.limits.max_waiting);
+    let prepared = in_background(move || prepare(wire, &served, origin, most)).await?;
+    let answer = TextAnswer {
+        id: new_id("cmpl-"),
+        created: unix_seconds(),
+        model: model.id.clone(),
+        tokenizer: model.text.tokenizer.clone(),
+        choices: prepared.choices,
+    };
+    let requests = (prepared.requests, prepared.per_prompt);
+    generation::answer(&state, &model, requests, answer, delivery, &request_id).await
+}
+
+/// What a request comes to.
+struct Prepared {
+    requests: Vec<Request>,
+    per_prompt: usize,
+    choices: Vec<TextChoice>,
 }
 
 fn prepare(
     wire: CompletionRequest,
     model: &ServedModel,
     origin: Origin,
-) -> Result<Request, ApiError> {
-    let sampling = Sampling {
+    most: usize,
+) -> Result<Prepared, ApiError> {
+    let text = &model.text;
+    let mut checked = Given {
         temperature: wire.temperature,
         top_p: wire.top_p,
         top_k: wire.top_k,
         min_p: wire.min_p,
         seed: wire.seed,
+        stop: wire.stop,
+        logprobs: wire.logprobs,
+        controls: wire.controls,
+    }
+    .checked(text, origin)
+    .map_err(|error| renamed(error, "top_logprobs", "logprobs"))?;
+    let prompts = prompts(wire.prompt, &text.tokenizer)?;
+    fields::not_too_many("prompt", prompts.len().saturating_mul(checked.count), most)?;
+    let grammar = match checked.shape.take() {
+        Some(asked) => Some((grammar::compile(text, asked)?, Scope::Answer)),
+        None => None,
     };
-    let sampling = sampling.checked(model.text.sampling)?;
-    let stop = fields::stop_strings(wire.stop)?;
-    let prompt = prompt_ids(wire.prompt, &model.text.tokenizer)?;
+    let guide = Guide::new(None, grammar, Arc::default());
+    let echo = wire.echo.unwrap_or(false);
     let wanted = ("max_tokens", wire.max_tokens.or(Some(DEFAULT_MAX_TOKENS)));
-    let max_tokens = fields::max_tokens(wanted, prompt.len(), model.context_length)
-        .map_err(|error| at_prompt(error, "messages"))?;
-    let options = OutputOptions {
-        stop,
-        ..OutputOptions::default()
-    };
-    Ok(Request {
-        id: origin.id,
-        arrived: origin.arrived,
-        deadline: origin.deadline,
-        prompt,
-        max_tokens,
-        sampling,
-        output: Output::new(model.text.tokenizer.clone(), options),
+    if !echo {
+        fields::not_zero(wanted)?;
+    }
+    let score_prompt = echo && wire.logprobs.is_some();
+    let (mut requests, mut choices) = (Vec::new(), Vec::new());
+    for prompt in prompts {
+        let least = checked.sampling.min_tokens();
+        let max_tokens = match wanted.1 {
+            // Scoring a text needs no room behind it.
+            Some(0) if prompt.len() <= model.context_length => 0,
+            _ => fields::max_tokens(
+                wanted.1,
+                "prompt",
+                prompt.len(),
+                model.context_length,
+                least,
+            )?,
+        };
+        for request in checked.requests(model, &prompt, max_tokens, &guide, OutputOptions::default)
+        {
+            requests.push(Request {
+                score_prompt,
+                ..request
+            });
+            choices.push(TextChoice {
+                logprobs: wire.logprobs.is_some(),
+                echo: echo.then(|| prompt.clone()),
+                prompt_due: score_prompt,
+                ..TextChoice::default()
+            });
+        }
+    }
+    Ok(Prepared {
+        requests,
+        per_prompt: checked.count,
+        choices,
     })
 }
 
-/// The prompt's field has another name here than in chat.
-fn at_prompt(mut error: ApiError, chat_name: &str) -> ApiError {
-    if error.param.as_deref() == Some(chat_name) {
-        error.param = Some("prompt".into());
+/// A field has another name here than where it was checked.
+fn renamed(mut error: ApiError, there: &str, here: &str) -> ApiError {
+    if error.param.as_deref() == Some(there) {
+        error.param = Some(here.into());
+        error.message = error.message.replace(there, here);
     }
     error
 }
 
-fn prompt_ids(prompt: Prompt, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
-    let wrong = |message: String| ApiError::invalid("prompt", message);
-    let several =
-        || wrong("one prompt per request: send several requests, they run together".into());
-    let only = |mut list: Vec<String>| {
-        let text = list
-            .pop()
-            .ok_or_else(|| wrong("`prompt` is empty".into()))?;
-        if list.is_empty() {
-            Ok(text)
-        } else {
-            Err(several())
-        }
+fn prompts(prompt: Prompt, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>, ApiError> {
+    let encode = |text: &String| {
+        tokenizer
+            .encode(text)
+            .map_err(|error| ApiError::invalid("prompt", error.to_string()))
     };
-    let ids = match prompt {
-        Prompt::Text(text) => encode(&text, tokenizer)?,
-        Prompt::Texts(texts) => encode(&only(texts)?, tokenizer)?,
-        Prompt::Ids(ids) => ids,
-        Prompt::IdLists(lists) if lists.len() > 1 => return Err(several()),
-        Prompt::IdLists(lists) => lists.into_iter().flatten().collect(),
+    let prompts = match prompt {
+        Prompt::Text(text) => vec![encode(&text)?],
+        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
+        Prompt::Ids(ids) => vec![ids],
+        Prompt::IdLists(lists) => lists,
     };
-    if ids.is_empty() {
-        return Err(wrong("`prompt` is empty".into()));
+    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
+        return Err(ApiError::invalid("prompt", "`prompt` is empty"));
     }
-    let known = tokenizer.vocab_size();
-    if let Some(id) = ids.iter().find(|id| **id as usize >= known) {
-        return Err(wrong(format!(
-            "there is no token {id}: ids go up to {}",
-            known - 1
-        )));
+    for ids in &prompts {
+        fields::known("prompt", ids, tokenizer)?;
     }
-    Ok(ids)
-}
-
-fn encode(text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
-    tokenizer
-        .encode(text)
-        .map_err(|error| ApiError::invalid("prompt", error.to_string()))
+    Ok(prompts)
 }
 
 /// The answer as text completions spell it: one shape for the whole and for each event.
@@ -156,6 +182,38 @@ struct TextAnswer {
     id: String,
     created: u64,
     model: String,
+    tokenizer: Arc<Tokenizer>,
+    choices: Vec<TextChoice>,
+}
+
+/// One choice on its way out.
+#[derive(Default)]
+struct TextChoice {
+    /// Log probabilities are given.
+    logprobs: bool,
+    /// The prompt, which the text begins with.
+    echo: Option<Vec<u32>>,
+    /// The prompt's scores are still to come, and it waits for them.
+    prompt_due: bool,
+    /// Knows where in the text the next token begins.
+    scores: TextScores,
+    /// Scores of tokens that no event has taken yet.
+    pending: Vec<Scored>,
+}
+
+impl TextChoice {
+    /// The prompt's text and scores.
+    fn prompt(
+        &mut self,
+        tokenizer: &Tokenizer,
+        scores: &[Option<Scored>],
+    ) -> (String, Option<CompletionLogprobs>) {
+        let ids = self.echo.take().unwrap_or_default();
+        let logprobs = self
+            .logprobs
+            .then(|| self.scores.prompt(tokenizer, &ids, scores));
+        (tokenizer.spell(&ids), logprobs)
+    }
 }
 
 impl TextAnswer {
@@ -171,45 +229,108 @@ impl TextAnswer {
         }
     }
 
-    fn choice(text: String, finish_reason: Option<FinishReason>) -> CompletionChoice {
-        CompletionChoice {
-            index: 0,
+    fn write(
+        &mut self,
+        index: usize,
+        text: String,
+        finish_reason: Option<FinishReason>,
+        out: &mut Vec<u8>,
+    ) {
+        let choice = &mut self.choices[index];
+        let pending = std::mem::take(&mut choice.pending);
+        let logprobs = (!pending.is_empty()).then(|| {
+            let mut logprobs = CompletionLogprobs::default();
+            choice
+                .scores
+                .answer(&self.tokenizer, &pending, &mut logprobs);
+            logprobs
+        });
+        self.write_scored(index, text, logprobs, finish_reason, out);
+    }
+
+    fn write_scored(
+        &self,
+        index: usize,
+        text: String,
+        logprobs: Option<CompletionLogprobs>,
+        finish_reason: Option<FinishReason>,
+        out: &mut Vec<u8>,
+    ) {
+        let choice = CompletionChoice {
+            index: number(index),
             text,
-            logprobs: None,
+            logprobs,
             finish_reason,
-        }
+        };
+        write_data(out, &self.reply(vec![choice]));
     }
 }
 
+fn number(index: usize) -> u32 {
+    u32::try_from(index).expect("the number of answers is bounded")
+}
+
 impl Answer for TextAnswer {
-    fn open(&mut self, _out: &mut Vec<u8>) {}
-
-    fn delta(&mut self, delta: Delta, out: &mut Vec<u8>) {
-        // Neither thinking nor calls are told apart in a text completion, so there is content alone.
-        if let Delta::Content(text) = delta {
-            write_data(out, &self.reply(vec![Self::choice(text, None)]));
+    fn open(&mut self, out: &mut Vec<u8>) {
+        for index in 0..self.choices.len() {
+            let choice = &mut self.choices[index];
+            if choice.echo.is_some() && !choice.prompt_due {
+                let (text, _) = choice.prompt(&self.tokenizer, &[]);
+                self.write(index, text, None, out);
+            }
         }
     }
 
-    fn close(&mut self, finish: &Finish, usage: bool, out: &mut Vec<u8>) {
-        let last = Self::choice(String::new(), Some(finish.reason));
-        write_data(out, &self.reply(vec![last]));
-        if usage {
-            let reply = CompletionReply {
-                usage: Some(finish.usage),
-                timings: Some(finish.timings),
-                ..self.reply(Vec::new())
-            };
-            write_data(out, &reply);
+    fn delta(&mut self, index: usize, delta: Delta, out: &mut Vec<u8>) {
+        match delta {
+            Delta::Prompt(scores) => {
+                let (text, logprobs) = self.choices[index].prompt(&self.tokenizer, &scores);
+                self.write_scored(index, text, logprobs, None, out);
+            }
+            // They go with the next text, or with the end.
+            Delta::Scored(scored) => self.choices[index].pending.push(scored),
+            Delta::Content(text) => self.write(index, text, None, out),
+            // Neither thinking nor calls are told apart in a text completion.
+            Delta::Reasoning(_) | Delta::ToolCall { .. } => {}
         }
     }
 
-    fn whole(self, whole: Whole) -> Response {
-        let choice = Self::choice(whole.content, Some(whole.finish.reason));
+    fn close(&mut self, index: usize, finish: &Finish, out: &mut Vec<u8>) {
+        self.write(index, String::new(), Some(finish.reason), out);
+    }
+
+    fn usage(&mut self, total: &Total, out: &mut Vec<u8>) {
+        let reply = CompletionReply {
+            usage: Some(total.usage),
+            timings: Some(total.timings),
+            ..self.reply(Vec::new())
+        };
+        write_data(out, &reply);
+    }
+
+    fn whole(mut self, answers: Vec<(Whole, Finish)>, total: &Total) -> Response {
+        let mut choices = Vec::with_capacity(answers.len());
+        for (index, (whole, finish)) in answers.into_iter().enumerate() {
+            let choice = &mut self.choices[index];
+            let (mut text, logprobs) = choice.prompt(&self.tokenizer, &whole.prompt);
+            text.push_str(&whole.content);
+            let logprobs = logprobs.map(|mut logprobs| {
+                choice
+                    .scores
+                    .answer(&self.tokenizer, &whole.scored, &mut logprobs);
+                logprobs
+            });
+            choices.push(CompletionChoice {
+                index: number(index),
+                text,
+                logprobs,
+                finish_reason: Some(finish.reason),
+            });
+        }
         axum::Json(CompletionReply {
-            usage: Some(whole.finish.usage),
-            timings: Some(whole.finish.timings),
-            ..self.reply(vec![choice])
+            usage: Some(total.usage),
+            timings: Some(total.timings),
+            ..self.reply(choices)
         })
         .into_response()
     }

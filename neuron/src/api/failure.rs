@@ -78,9 +78,14 @@ pub(super) fn broken(error: EngineError) -> ApiError {
             "the model was unloaded before the answer was done",
         ),
         EngineError::Sampling(_) => (ErrorKind::Internal, "the model computed no usable numbers"),
+        EngineError::Grammar(_) => (
+            ErrorKind::Internal,
+            "the grammar of the answer became too complex to follow",
+        ),
+        EngineError::Cancelled => (ErrorKind::Cancelled, "the request was cancelled"),
         EngineError::Deadline => (
             ErrorKind::GatewayTimeout,
-            "the answer was not done within the configured deadline",
+            "the answer was not done within its deadline",
         ),
         EngineError::SlowReader => (
             ErrorKind::RequestTimeout,

@@ -3,12 +3,17 @@
 mod body;
 mod chat;
 mod completions;
+mod embeddings;
 mod failure;
 mod fields;
 mod generation;
+mod grammar;
 mod health;
 mod models;
+mod running;
+mod scores;
 mod sse;
+mod tokenize;
 
 #[cfg(test)]
 mod tests;
@@ -20,11 +25,12 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderName, HeaderValue};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use failure::{Failure, Logged};
 use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use protocol::ext::REQUEST_ID_HEADER;
 use protocol::{ApiError, ErrorKind};
+pub use running::Running;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -38,6 +44,8 @@ pub struct ApiState {
     pub limits: Limits,
     /// Ids of the models loaded at start: readiness waits for them.
     pub at_start: Vec<String>,
+    /// Requests that run, to be cancelled by id.
+    pub running: Running,
     /// Set when the daemon is stopping: not ready any more.
     pub stopping: AtomicBool,
     /// Everything `GET /metrics` shows.
@@ -83,6 +91,11 @@ pub fn router(state: Arc<ApiState>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::complete))
         .route("/v1/completions", post(completions::complete))
+        .route("/v1/embeddings", post(embeddings::refuse))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/apply-template", post(tokenize::apply_template))
+        .route("/requests/{*id}", delete(running::cancel))
         .route("/v1/models", get(models::cards))
         .route("/v1/models/{*id}", get(models::card))
         .route("/models", get(models::statuses))

@@ -9,7 +9,7 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use protocol::ApiError;
 use protocol::models::{ModelCard, ModelList};
-use protocol::node::{LoadModel, ModelStatus, NodeModels, UnloadModel};
+use protocol::node::{LoadModel, ModelStatus, NodeModels, UnloadModel, WeightFormat};
 use std::sync::Arc;
 
 const LOAD_FIELDS: &[Field] = &[
@@ -19,6 +19,11 @@ const LOAD_FIELDS: &[Field] = &[
         "context_length",
         is::<Option<u64>>,
         "a whole number, 1 or more",
+    ),
+    (
+        "quant",
+        is::<Option<WeightFormat>>,
+        "one of f32, f16, bf16, q8_0",
     ),
 ];
 
@@ -60,7 +65,7 @@ pub(super) async fn load(
     body: Body,
 ) -> Result<(StatusCode, Json<ModelStatus>), Failure> {
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wanted: LoadModel = body::parse(&bytes, LOAD_FIELDS)?;
+    let wanted: LoadModel = body::parse(&bytes, &[LOAD_FIELDS])?;
     for (name, value) in [("id", &wanted.id), ("source", &wanted.source)] {
         if value.is_empty() {
             return Err(ApiError::invalid(name, format!("`{name}` is empty")).into());
@@ -81,7 +86,7 @@ pub(super) async fn unload(
     body: Body,
 ) -> Result<Json<ModelStatus>, Failure> {
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
-    let wanted: UnloadModel = body::parse(&bytes, UNLOAD_FIELDS)?;
+    let wanted: UnloadModel = body::parse(&bytes, &[UNLOAD_FIELDS])?;
     let status = state
         .residency
         .unload(&wanted.id)
@@ -103,6 +108,7 @@ fn unknown(id: &str) -> ApiError {
 fn card_of(status: ModelStatus) -> ModelCard {
     ModelCard {
         context_length: (status.context_length > 0).then_some(status.context_length),
+        capabilities: Some(status.capabilities),
         state: Some(status.state.as_str().into()),
         ..ModelCard::new(status.id, "neuron", status.since)
     }

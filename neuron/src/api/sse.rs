@@ -1,8 +1,8 @@
 //! Events of the engine → an SSE body.
 
 use super::failure::broken;
-use super::generation::{Answer, Delivery};
-use crate::engine::request::{EngineError, Event, Events, Finish};
+use super::generation::{Answer, Answers, Delivery};
+use crate::engine::request::{EngineError, Event, Finish};
 use axum::body::Bytes;
 use futures::Stream;
 use protocol::ext::USAGE_COMMENT;
@@ -16,14 +16,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// The bytes of a stream. Whatever deltas wait already go out in one piece. Dropping it cancels the request.
 pub(super) fn stream(
     answer: impl Answer,
-    events: Events,
-    first: Option<Event>,
+    answers: Answers,
+    first: Option<(usize, Event)>,
     delivery: Delivery,
     request_id: String,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> + Send {
     let writer = Writer {
         answer,
-        events,
+        answers,
         first,
         delivery,
         request_id,
@@ -38,8 +38,8 @@ pub(super) fn stream(
 
 struct Writer<A> {
     answer: A,
-    events: Events,
-    first: Option<Event>,
+    answers: Answers,
+    first: Option<(usize, Event)>,
     delivery: Delivery,
     request_id: String,
     opened: bool,
@@ -62,32 +62,38 @@ impl<A: Answer> Writer<A> {
         }
         let event = match self.first.take() {
             Some(event) => Ok(Some(event)),
-            None => tokio::time::timeout(KEEP_ALIVE, self.events.next()).await,
+            None => tokio::time::timeout(KEEP_ALIVE, self.answers.next()).await,
         };
         match event {
             Err(_silence) => out.extend_from_slice(b": keep-alive\n\n"),
             Ok(None) => self.fail(EngineError::Gone, &mut out),
-            Ok(Some(Event::End(end))) => self.end(end, &mut out),
-            Ok(Some(Event::Delta(delta))) => {
-                self.answer.delta(delta, &mut out);
-                while let Some(delta) = self.events.try_next() {
-                    self.answer.delta(delta, &mut out);
+            Ok(Some((index, Event::End(end)))) => self.end(index, end, &mut out),
+            Ok(Some((index, Event::Delta(delta)))) => {
+                self.answer.delta(index, delta, &mut out);
+                for delta in self.answers.ready(index) {
+                    self.answer.delta(index, delta, &mut out);
                 }
             }
         }
         Some(out)
     }
 
-    fn end(&mut self, end: Result<Finish, EngineError>, out: &mut Vec<u8>) {
-        self.ended = true;
-        let finish = match end {
-            Ok(finish) => finish,
+    fn end(&mut self, index: usize, end: Result<Finish, EngineError>, out: &mut Vec<u8>) {
+        match end {
+            Ok(finish) => self.answer.close(index, &finish, out),
             Err(error) => return self.fail(error, out),
-        };
-        self.answer.close(&finish, self.delivery.usage_chunk, out);
+        }
+        if !self.answers.is_over() {
+            return;
+        }
+        self.ended = true;
+        let total = self.answers.total;
+        if self.delivery.usage_chunk {
+            self.answer.usage(&total, out);
+        }
         if self.delivery.usage_comment {
             out.extend_from_slice(USAGE_COMMENT.as_bytes());
-            serde_json::to_writer(&mut *out, &finish.usage).expect("usage always serialises");
+            serde_json::to_writer(&mut *out, &total.usage).expect("usage always serialises");
             out.extend_from_slice(b"\n\n");
         }
         out.extend_from_slice(DONE);

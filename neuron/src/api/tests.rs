@@ -30,6 +30,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),
         context_length: None,
+        quant: None,
     };
     residency.load(wanted).unwrap();
     residency
@@ -44,6 +45,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
         residency,
         limits: config.limits,
         at_start: vec!["org/m".into()],
+        running: Running::default(),
         stopping: AtomicBool::new(false),
         metrics: ApiMetrics::register(&registry),
         registry,
@@ -210,6 +212,7 @@ async fn thinking_and_calls_come_in_their_own_fields() {
         let conversation = crate::text::template::Conversation {
             messages: &messages,
             tools: &tools,
+            add_generation_prompt: true,
             variables: &variables,
         };
         tiny()
@@ -374,33 +377,18 @@ async fn every_bad_request_names_what_is_wrong() {
             None,
         ),
         (CHAT, chat(json!({"stop": 5})), 400, Some("stop"), None),
-        (CHAT, chat(json!({"n": 2})), 400, Some("n"), None),
         (
             CHAT,
-            chat(json!({"logprobs": true})),
-            400,
-            Some("logprobs"),
-            None,
-        ),
-        (
-            CHAT,
-            chat(json!({"frequency_penalty": 0.5})),
+            chat(json!({"frequency_penalty": 2.5})),
             400,
             Some("frequency_penalty"),
             None,
         ),
         (
             CHAT,
-            chat(json!({"logit_bias": {"5": 1}})),
+            chat(json!({"logit_bias": {"600": 1}})),
             400,
             Some("logit_bias"),
-            None,
-        ),
-        (
-            CHAT,
-            chat(json!({"response_format": {"type": "json_object"}})),
-            400,
-            Some("response_format"),
             None,
         ),
         (
@@ -426,13 +414,6 @@ async fn every_bad_request_names_what_is_wrong() {
         ),
         (
             "/v1/completions",
-            json!({"model": "org/m", "prompt": "a", "echo": true}),
-            400,
-            Some("echo"),
-            None,
-        ),
-        (
-            "/v1/completions",
             json!({"model": "org/m", "prompt": "a", "suffix": "b"}),
             400,
             Some("suffix"),
@@ -443,13 +424,6 @@ async fn every_bad_request_names_what_is_wrong() {
             json!({"model": "org/m", "prompt": "a", "best_of": 2}),
             400,
             Some("best_of"),
-            None,
-        ),
-        (
-            "/v1/completions",
-            json!({"model": "org/m", "prompt": "a", "logprobs": 1}),
-            400,
-            Some("logprobs"),
             None,
         ),
         (
@@ -468,17 +442,254 @@ async fn every_bad_request_names_what_is_wrong() {
         ),
         (
             "/v1/completions",
-            json!({"model": "org/m", "prompt": ["a", "b"]}),
+            json!({"model": "org/m", "prompt": long}),
+            400,
+            Some("prompt"),
+            Some("context_length_exceeded"),
+        ),
+        (CHAT, chat(json!({"n": 0})), 400, Some("n"), None),
+        (
+            CHAT,
+            chat(json!({"n": 1000000000000u64})),
+            400,
+            Some("n"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"top_logprobs": 2})),
+            400,
+            Some("top_logprobs"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"logprobs": true, "top_logprobs": 21})),
+            400,
+            Some("top_logprobs"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"logit_bias": {"x": 1}})),
+            400,
+            Some("logit_bias"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"logit_bias": {"5": "much"}})),
+            400,
+            Some("logit_bias"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"presence_penalty": -3})),
+            400,
+            Some("presence_penalty"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"repetition_penalty": 0})),
+            400,
+            Some("repetition_penalty"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"stop_token_ids": [512]})),
+            400,
+            Some("stop_token_ids"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"stop": vec!["x"; 17]})),
+            400,
+            Some("stop"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"min_tokens": 9})),
+            400,
+            Some("min_tokens"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"timeout": 0})),
+            400,
+            Some("timeout"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"priority": "high"})),
+            400,
+            Some("priority"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"cache_salt": ""})),
+            400,
+            Some("cache_salt"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"thinking_budget": -1})),
+            400,
+            Some("thinking_budget"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"enable_thinking": "yes"})),
+            400,
+            Some("enable_thinking"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"response_format": {"type": "xml"}})),
+            400,
+            Some("response_format"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}})),
+            400,
+            Some("response_format.json_schema.schema"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(
+                json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}),
+            ),
+            400,
+            Some("response_format.json_schema.schema"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"guided_regex": "("})),
+            400,
+            Some("guided_regex"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"guided_choice": []})),
+            400,
+            Some("guided_choice"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"guided_regex": "a", "grammar": "start: \"a\""})),
+            400,
+            Some("guided_regex"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"structured_outputs": {"xml": "a"}})),
+            400,
+            Some("structured_outputs"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"tool_choice": {"type": "function", "function": {"name": "x"}}})),
+            400,
+            Some("tool_choice"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(
+                json!({"guided_regex": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}),
+            ),
+            400,
+            Some("guided_regex"),
+            None,
+        ),
+        (CHAT, chat(json!({"echo": true})), 400, Some("echo"), None),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "reasoning_effort": "high"}),
+            400,
+            Some("reasoning_effort"),
+            None,
+        ),
+        (
+            CHAT,
+            chat(json!({"prompt_logprobs": 1})),
+            400,
+            Some("prompt_logprobs"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "logprobs": 21}),
+            400,
+            Some("logprobs"),
+            None,
+        ),
+        (
+            "/v1/completions",
+            json!({"model": "org/m", "prompt": "a", "max_tokens": 0}),
+            400,
+            Some("max_tokens"),
+            None,
+        ),
+        (
+            "/v1/embeddings",
+            json!({"model": "org/m", "input": "a"}),
+            400,
+            Some("model"),
+            None,
+        ),
+        (
+            "/v1/embeddings",
+            json!({"model": "x", "input": "a"}),
+            404,
+            Some("model"),
+            Some("model_not_found"),
+        ),
+        (
+            "/tokenize",
+            json!({"model": "org/m"}),
             400,
             Some("prompt"),
             None,
         ),
         (
-            "/v1/completions",
-            json!({"model": "org/m", "prompt": long}),
+            "/tokenize",
+            json!({"model": "org/m", "prompt": 5}),
             400,
             Some("prompt"),
-            Some("context_length_exceeded"),
+            None,
+        ),
+        (
+            "/detokenize",
+            json!({"model": "org/m", "tokens": [512]}),
+            400,
+            Some("tokens"),
+            None,
+        ),
+        (
+            "/apply-template",
+            json!({"model": "org/m", "messages": []}),
+            400,
+            Some("messages"),
+            None,
         ),
         (
             "/models/load",
@@ -790,6 +1001,11 @@ async fn the_metrics_move() {
         "neuron_model_load_seconds_count{model=\"org/m\",outcome=\"loaded\"} 1",
         "neuron_http_requests_total{route=\"/v1/chat/completions\",status=\"200\"} 1",
         "neuron_step_tokens_total{kind=\"decode\",model=\"org/m\"} 7",
+        "neuron_request_prefill_time_seconds_count{model=\"org/m\"} 1",
+        "neuron_request_decode_time_seconds_count{model=\"org/m\"} 1",
+        "neuron_request_prompt_tokens_count{model=\"org/m\"} 1",
+        "neuron_request_generation_tokens_sum{model=\"org/m\"} 8",
+        "neuron_reasoning_tokens_total{model=\"org/m\"} 0",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
@@ -819,4 +1035,419 @@ async fn a_silent_stream_opens_and_is_kept_alive() {
         rest.extend_from_slice(&piece.unwrap());
     }
     assert!(rest.ends_with(b"data: [DONE]\n\n"));
+}
+
+const TEXT: &str = "/v1/completions";
+
+async fn whole(api: &Api, path: &str, body: Value) -> Value {
+    let (status, reply) = api.post(path, &body).await;
+    assert_eq!(status, StatusCode::OK, "{body}: {reply}");
+    reply
+}
+
+#[tokio::test]
+async fn several_answers_are_drawn_apart_and_each_is_what_its_seed_gives_alone() {
+    let api = api().await;
+    let warm = |extra: Value| {
+        let mut body = chat(extra);
+        body["temperature"] = 1.0.into();
+        body
+    };
+    let together = whole(&api, CHAT, warm(json!({"n": 3, "seed": 5}))).await;
+    let texts: Vec<&Value> = (0..3)
+        .map(|index| {
+            let choice = &together["choices"][index];
+            assert_eq!(choice["index"], index);
+            &choice["message"]["content"]
+        })
+        .collect();
+    assert_ne!(texts[0], texts[1]);
+    for (index, text) in texts.iter().enumerate() {
+        let alone = whole(&api, CHAT, warm(json!({"seed": 5 + index}))).await;
+        assert_eq!(&alone["choices"][0]["message"]["content"], *text);
+        assert_eq!(
+            alone["usage"]["prompt_tokens"], together["usage"]["prompt_tokens"],
+            "a prompt counts once"
+        );
+    }
+    assert_eq!(together["usage"]["completion_tokens"], 24);
+    let body =
+        warm(json!({"n": 3, "seed": 5, "stream": true, "stream_options": {"include_usage": true}}));
+    let stream = api.stream(CHAT, &body, &[]).await;
+    let events = events(&stream);
+    let mut streamed = [const { String::new() }; 3];
+    for event in &events[..events.len() - 1] {
+        let chunk: Value = serde_json::from_str(event).unwrap();
+        if let Some(text) = chunk["choices"][0]["delta"]["content"].as_str() {
+            let index = chunk["choices"][0]["index"].as_u64().unwrap();
+            streamed[index as usize].push_str(text);
+        }
+    }
+    assert_eq!(
+        streamed
+            .each_ref()
+            .map(|text| json!(text))
+            .iter()
+            .collect::<Vec<_>>(),
+        texts
+    );
+    assert_eq!(stream.matches("\"finish_reason\":\"length\"").count(), 3);
+    assert_eq!(stream.matches("[DONE]").count(), 1);
+}
+
+#[tokio::test]
+async fn several_prompts_are_answered_in_order_with_what_each_gets_alone() {
+    let api = api().await;
+    let ask = |prompt: Value| json!({"model": "org/m", "prompt": prompt, "temperature": 0, "max_tokens": 5, "n": 2});
+    let ids = tiny().encode("and").unwrap();
+    let reply = whole(&api, TEXT, ask(json!(["how", "and", "why not"]))).await;
+    let choices = reply["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 6);
+    for (at, prompt) in [json!("how"), json!([ids]), json!("why not")]
+        .iter()
+        .enumerate()
+    {
+        let alone = whole(&api, TEXT, ask(prompt.clone())).await;
+        for n in 0..2 {
+            assert_eq!(choices[2 * at + n]["index"], 2 * at + n);
+            assert_eq!(choices[2 * at + n]["text"], alone["choices"][n]["text"]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn log_probabilities_come_with_every_token_whole_and_streamed() {
+    let api = api().await;
+    let ask = json!({"logprobs": true, "top_logprobs": 3});
+    let reply = whole(&api, CHAT, chat(ask.clone())).await;
+    let content = reply["choices"][0]["logprobs"]["content"].clone();
+    let tokens = content.as_array().unwrap();
+    assert_eq!(tokens.len(), 8);
+    for token in tokens {
+        assert!(token["logprob"].as_f64().unwrap() <= 0.0);
+        assert_eq!(token["top_logprobs"].as_array().unwrap().len(), 3);
+        assert_eq!(token["top_logprobs"][0]["token"], token["token"], "greedy");
+    }
+    let text: String = tokens
+        .iter()
+        .map(|token| token["token"].as_str().unwrap())
+        .collect();
+    assert_eq!(text, reply["choices"][0]["message"]["content"]);
+    let mut streamed = chat(ask);
+    streamed["stream"] = true.into();
+    let stream = api.stream(CHAT, &streamed, &[]).await;
+    let events = events(&stream);
+    let mut all = Vec::new();
+    for event in &events[..events.len() - 1] {
+        let chunk: Value = serde_json::from_str(event).unwrap();
+        all.extend(
+            chunk["choices"][0]["logprobs"]["content"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default(),
+        );
+    }
+    assert_eq!(Value::from(all), content);
+}
+
+#[tokio::test]
+async fn an_echoed_prompt_is_scored_as_the_harness_reads_it() {
+    let api = api().await;
+    let ids = tiny().encode("how are you").unwrap();
+    let ask = |extra: Value| {
+        let mut body = json!({"model": "org/m", "prompt": ids, "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": true});
+        for (name, value) in extra.as_object().unwrap() {
+            body[name] = value.clone();
+        }
+        body
+    };
+    let reply = whole(&api, TEXT, ask(json!({}))).await;
+    let choice = &reply["choices"][0];
+    let logprobs = &choice["logprobs"];
+    let scores = logprobs["token_logprobs"].as_array().unwrap();
+    assert_eq!(
+        scores.len(),
+        ids.len() + 1,
+        "every token of the prompt and the one written"
+    );
+    assert_eq!(scores[0], Value::Null);
+    assert_eq!(logprobs["top_logprobs"][0], Value::Null);
+    for (at, score) in scores.iter().enumerate().skip(1) {
+        let best = logprobs["top_logprobs"][at].as_object().unwrap().values();
+        let best = best
+            .map(|value| value.as_f64().unwrap())
+            .fold(f64::MIN, f64::max);
+        assert!(score.as_f64().unwrap() <= best);
+    }
+    let text = choice["text"].as_str().unwrap();
+    assert!(text.starts_with("how are you"), "{text}");
+    let joined: String = logprobs["tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| token.as_str().unwrap())
+        .collect();
+    assert_eq!(joined, text);
+    assert_eq!(logprobs["text_offset"][0], 0);
+    let last = logprobs["text_offset"][ids.len()].as_u64().unwrap();
+    assert_eq!(last, "how are you".len() as u64);
+    let alone = whole(&api, TEXT, ask(json!({"max_tokens": 0}))).await;
+    assert_eq!(alone["choices"][0]["text"], "how are you");
+    assert_eq!(
+        alone["choices"][0]["logprobs"]["token_logprobs"]
+            .as_array()
+            .unwrap()[..],
+        scores[..ids.len()]
+    );
+    let mut streamed = ask(json!({"stream": true}));
+    let stream = api.stream(TEXT, &streamed, &[]).await;
+    let first: Value = serde_json::from_str(events(&stream)[0]).unwrap();
+    assert_eq!(first["choices"][0]["text"], "how are you");
+    assert_eq!(
+        first["choices"][0]["logprobs"]["token_logprobs"]
+            .as_array()
+            .unwrap()[..],
+        scores[..ids.len()]
+    );
+    streamed["logprobs"] = Value::Null;
+    let stream = api.stream(TEXT, &streamed, &[]).await;
+    let first: Value = serde_json::from_str(events(&stream)[0]).unwrap();
+    assert_eq!(first["choices"][0]["text"], "how are you");
+}
+
+#[tokio::test]
+async fn answers_end_where_they_are_told_to() {
+    let api = saying("fine, thanks").await;
+    let text = |reply: &Value| {
+        reply["choices"][0]["message"]["content"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let comma = tiny().encode("fine,").unwrap().len();
+    let ids = tiny().encode("fine, thanks").unwrap();
+    let ended = whole(
+        &api,
+        CHAT,
+        chat(json!({"max_tokens": 30, "stop_token_ids": [ids[comma - 1]]})),
+    )
+    .await;
+    assert!(
+        "fine,".starts_with(&text(&ended)) && text(&ended).len() < 5,
+        "{ended}"
+    );
+    assert_eq!(ended["choices"][0]["finish_reason"], "stop");
+    let on = whole(
+        &api,
+        CHAT,
+        chat(json!({"max_tokens": 30, "ignore_eos": true})),
+    )
+    .await;
+    assert_eq!(on["usage"]["completion_tokens"], 30);
+    assert_eq!(on["choices"][0]["finish_reason"], "length");
+    let least = whole(
+        &api,
+        CHAT,
+        chat(json!({"max_tokens": 30, "min_tokens": 20})),
+    )
+    .await;
+    assert!(
+        least["usage"]["completion_tokens"].as_u64().unwrap() >= 20,
+        "{least}"
+    );
+}
+
+#[tokio::test]
+async fn an_answer_has_the_shape_that_was_asked_for() {
+    let api = api().await;
+    let ask = |extra: Value| {
+        let mut body = chat(extra);
+        body["max_tokens"] = 400.into();
+        body
+    };
+    let content = async |extra: Value| {
+        let reply = whole(&api, CHAT, ask(extra)).await;
+        assert_eq!(reply["choices"][0]["finish_reason"], "stop", "{reply}");
+        reply["choices"][0]["message"]["content"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["ok", "kind"], "additionalProperties": false});
+    for extra in [
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": schema}}}),
+        json!({"guided_json": schema}),
+        json!({"guided_json": schema.to_string()}),
+        json!({"structured_outputs": {"json": schema}}),
+    ] {
+        let value: Value = serde_json::from_str(&content(extra).await).unwrap();
+        assert!(
+            value["ok"].is_boolean() && value["kind"].is_string(),
+            "{value}"
+        );
+    }
+    assert!(
+        ["red", "blue"].contains(
+            &content(json!({"guided_choice": ["red", "blue"]}))
+                .await
+                .as_str()
+        )
+    );
+    assert_eq!(content(json!({"guided_regex": "a{3}b"})).await, "aaab");
+    assert_eq!(
+        content(json!({"grammar": "start: \"x\" \"y\""})).await,
+        "xy"
+    );
+    let text = whole(
+        &api,
+        TEXT,
+        json!({"model": "org/m", "prompt": "a", "max_tokens": 9, "guided_regex": "[0-9]{4}"}),
+    )
+    .await;
+    let text = text["choices"][0]["text"].as_str().unwrap();
+    assert!(text.len() == 4 && text.parse::<u32>().is_ok(), "{text}");
+    let (_, metrics) = api.get("/metrics").await;
+    let masks = "neuron_grammar_mask_seconds_count{model=\"org/m\"} ";
+    let (_, count) = metrics.split_once(masks).unwrap();
+    assert!(!count.starts_with("0\n"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_call_that_is_required_is_made_as_its_schema_says() {
+    let api = api().await;
+    let tools = json!([
+        {"type": "function", "function": {"name": "now", "parameters": {"type": "object",
+            "properties": {"zone": {"enum": [1, 2]}}, "required": ["zone"]}}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}},
+    ]);
+    let named = json!({"type": "function", "function": {"name": "now"}});
+    for (choice, parallel) in [(json!("required"), false), (named, false)] {
+        let body = chat(
+            json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel, "max_tokens": 300}),
+        );
+        let reply = whole(&api, CHAT, body).await;
+        let choice = &reply["choices"][0];
+        assert_eq!(choice["finish_reason"], "tool_calls", "{reply}");
+        let calls = choice["message"]["tool_calls"].as_array().unwrap();
+        assert_eq!(calls.len(), 1);
+        let arguments: Value =
+            serde_json::from_str(calls[0]["function"]["arguments"].as_str().unwrap()).unwrap();
+        match calls[0]["function"]["name"].as_str().unwrap() {
+            "now" => assert!(
+                arguments["zone"] == 1 || arguments["zone"] == 2,
+                "{arguments}"
+            ),
+            other => assert_eq!(other, "stop"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_cancelled_by_its_id_and_its_client_is_told() {
+    let gate = Gate::closed_after(1);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |_| {}).await;
+    let body = chat(json!({"stream": true, "max_tokens": 3000, "n": 2})).to_string();
+    let response = api
+        .send(Method::POST, CHAT, body, &[("x-request-id", "mine/1")])
+        .await;
+    let cancel = || api.send(Method::DELETE, "/requests/mine/1", Body::empty(), &[]);
+    let cancelled = cancel().await;
+    assert_eq!(cancelled.status(), StatusCode::OK);
+    assert_eq!(text(cancelled).await, "{\"id\":\"mine/1\",\"cancelled\":1}");
+    gate.open();
+    let stream = text(response).await;
+    assert!(!stream.contains("[DONE]"), "{stream}");
+    assert!(
+        stream.contains("\"code\":\"request_cancelled\""),
+        "{stream}"
+    );
+    let late = cancel().await;
+    assert_eq!(late.status(), StatusCode::NOT_FOUND);
+    assert!(text(late).await.contains("request_not_found"));
+    let (_, metrics) = api.get("/metrics").await;
+    assert!(
+        metrics.contains("neuron_cancelled_total{model=\"org/m\""),
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn text_becomes_tokens_and_back() {
+    let api = api().await;
+    let ids = tiny().encode("how are you").unwrap();
+    let reply = whole(
+        &api,
+        "/tokenize",
+        json!({"model": "org/m", "prompt": "how are you", "return_token_strs": true}),
+    )
+    .await;
+    assert_eq!(reply["tokens"], json!(ids));
+    assert_eq!(reply["count"], ids.len());
+    assert_eq!(reply["max_model_len"], 4096);
+    assert_eq!(reply["token_strs"].as_array().unwrap().len(), ids.len());
+    let messages = json!([{"role": "user", "content": "how"}]);
+    let prompt = whole(
+        &api,
+        "/apply-template",
+        json!({"model": "org/m", "messages": messages}),
+    )
+    .await;
+    let prompt = prompt["prompt"].as_str().unwrap();
+    assert!(
+        prompt.ends_with("<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+        "{prompt}"
+    );
+    let tokens = whole(
+        &api,
+        "/tokenize",
+        json!({"model": "org/m", "messages": messages}),
+    )
+    .await;
+    assert_eq!(tokens["tokens"], json!(tiny().encode(prompt).unwrap()));
+    let back = whole(
+        &api,
+        "/detokenize",
+        json!({"model": "org/m", "tokens": tokens["tokens"]}),
+    )
+    .await;
+    assert_eq!(back["prompt"], prompt);
+    let bare = whole(
+        &api,
+        "/apply-template",
+        json!({"model": "org/m", "messages": messages, "add_generation_prompt": false}),
+    )
+    .await;
+    assert!(
+        bare["prompt"]
+            .as_str()
+            .unwrap()
+            .ends_with("how<|im_end|>\n"),
+        "{bare}"
+    );
+    let thinking = json!({"model": "org/m", "messages": messages, "chat_template_kwargs": {"enable_thinking": true}});
+    let thinking = whole(&api, "/apply-template", thinking).await;
+    assert!(
+        thinking["prompt"].as_str().unwrap().ends_with("<think>\n"),
+        "{thinking}"
+    );
+}
+
+#[tokio::test]
+async fn a_timeout_of_the_request_ends_it() {
+    let gate = Gate::closed_after(0);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let api = api_with(model, |_| {}).await;
+    let ask = chat(json!({"timeout": 1e-9}));
+    let reply = async { api.post(CHAT, &ask).await };
+    let open = async { gate.open() };
+    let ((status, reply), ()) = tokio::join!(reply, open);
+    assert_eq!(status, StatusCode::GATEWAY_TIMEOUT, "{reply}");
 }

@@ -94,6 +94,7 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             id: model.id,
             source: model.source,
             context_length: model.context_length,
+            quant: model.quant,
         });
     }
     let cache_dir = settings.hub.cache_dir.map(PathBuf::from);

@@ -8,6 +8,7 @@ mod settings;
 
 pub use check::ConfigError;
 pub use environment::log_filter;
+use protocol::node::WeightFormat;
 use settings::Settings;
 
 use std::net::SocketAddr;
@@ -42,6 +43,8 @@ pub struct ModelConfig {
     pub source: String,
     /// Upper bound on prompt plus answer in tokens; the model's own limit when absent.
     pub context_length: Option<u64>,
+    /// The number format of its weights in memory; that of the files when absent.
+    pub quant: Option<WeightFormat>,
 }
 
 /// Bounds on what one client can make the daemon do. The counts hold for each model.

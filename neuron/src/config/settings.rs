@@ -1,6 +1,7 @@
 //! The configuration file as written. Knows no other type and checks nothing but spelling.
 
 use super::ConfigError;
+use protocol::node::WeightFormat;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -70,6 +71,8 @@ pub(super) struct ModelSettings {
     pub(super) source: String,
     /// Upper bound on prompt plus answer.
     pub(super) context_length: Option<u64>,
+    /// The number format of the weights in memory; that of the files when absent.
+    pub(super) quant: Option<WeightFormat>,
 }
 
 impl Default for Settings {
@@ -143,6 +146,7 @@ impl Settings {
                 id: String::new(),
                 source: String::new(),
                 context_length: Some(1),
+                quant: Some(WeightFormat::Q8_0),
             }],
             ..Self::default()
         }

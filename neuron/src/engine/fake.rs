@@ -1,7 +1,7 @@
 //! A model for tests: its next token is a fixed function of the tokens so far, or what the test scripted.
 
 use crate::memory::{LayerState, SequenceState};
-use crate::model::{Batch, CausalLm, LogitRows, ModelError};
+use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
 use candle_core::{Device, Tensor};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -142,10 +142,11 @@ impl CausalLm for FakeModel {
         Ok(SequenceState::of_fake())
     }
 
-    fn forward(
+    fn forward_probed(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
+        _: &mut dyn FnMut(Seen, &Tensor),
     ) -> Result<Tensor, ModelError> {
         self.gate.pass();
         let step = self.steps.fetch_add(1, Ordering::SeqCst);

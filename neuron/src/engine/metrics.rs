@@ -1,5 +1,6 @@
 //! What the engines tell Prometheus. Names follow vLLM's with our prefix, so that its dashboards carry over.
 
+use super::request::Finish;
 use prometheus::core::Collector;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -15,6 +16,12 @@ pub struct EngineMetrics {
     first_token: HistogramVec,
     inter_token: HistogramVec,
     whole: HistogramVec,
+    prefill: HistogramVec,
+    decode: HistogramVec,
+    prompt_length: HistogramVec,
+    answer_length: HistogramVec,
+    reasoning_tokens: IntCounterVec,
+    mask: HistogramVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
     success: IntCounterVec,
@@ -43,6 +50,18 @@ pub struct ModelMetrics {
     pub inter_token: Histogram,
     /// From arrival to the end.
     pub whole: Histogram,
+    /// From the first step to the first token, of answered requests.
+    pub prefill: Histogram,
+    /// From the first token to the last, of answered requests.
+    pub decode: Histogram,
+    /// Prompt tokens of an answered request.
+    pub prompt_length: Histogram,
+    /// Tokens of an answer.
+    pub answer_length: Histogram,
+    /// Tokens sampled inside thinking blocks, of answered requests.
+    pub reasoning_tokens: IntCounter,
+    /// Finding out which tokens a grammar allows next.
+    pub mask: Histogram,
     /// Prompt tokens of requests that began.
     pub prompt_tokens: IntCounter,
     /// Tokens sampled.
@@ -53,6 +72,10 @@ pub struct ModelMetrics {
 
 const SECONDS: [f64; 16] = [
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
+];
+
+const TOKENS: [f64; 12] = [
+    1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 4096.0, 16384.0, 65536.0, 262_144.0,
 ];
 
 impl EngineMetrics {
@@ -75,6 +98,10 @@ impl EngineMetrics {
             let options = HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
             add(registry, HistogramVec::new(options, labels))
         };
+        let tokens = |name: &str, help: &str| {
+            let options = HistogramOpts::new(name, help).buckets(TOKENS.to_vec());
+            add(registry, HistogramVec::new(options, &["model"]))
+        };
         Self {
             running: gauge("neuron_requests_running", "Sequences that hold a state."),
             waiting: gauge("neuron_requests_waiting", "Requests that have not begun."),
@@ -96,6 +123,31 @@ impl EngineMetrics {
             whole: seconds(
                 "neuron_e2e_request_latency_seconds",
                 "From a request's arrival to its end.",
+                &["model"],
+            ),
+            prefill: seconds(
+                "neuron_request_prefill_time_seconds",
+                "From a request's first step to its first token.",
+                &["model"],
+            ),
+            decode: seconds(
+                "neuron_request_decode_time_seconds",
+                "From a request's first token to its last.",
+                &["model"],
+            ),
+            prompt_length: tokens(
+                "neuron_request_prompt_tokens",
+                "Prompt tokens of an answered request.",
+            ),
+            answer_length: tokens("neuron_request_generation_tokens", "Tokens of an answer."),
+            reasoning_tokens: counter(
+                "neuron_reasoning_tokens_total",
+                "Tokens sampled inside thinking blocks of answered requests.",
+                &["model"],
+            ),
+            mask: seconds(
+                "neuron_grammar_mask_seconds",
+                "Finding out which tokens a grammar allows next.",
                 &["model"],
             ),
             prompt_tokens: counter(
@@ -159,6 +211,12 @@ impl EngineMetrics {
             first_token: self.first_token.with_label_values(label),
             inter_token: self.inter_token.with_label_values(label),
             whole: self.whole.with_label_values(label),
+            prefill: self.prefill.with_label_values(label),
+            decode: self.decode.with_label_values(label),
+            prompt_length: self.prompt_length.with_label_values(label),
+            answer_length: self.answer_length.with_label_values(label),
+            reasoning_tokens: self.reasoning_tokens.with_label_values(label),
+            mask: self.mask.with_label_values(label),
             prompt_tokens: self.prompt_tokens.with_label_values(label),
             generation_tokens: self.generation_tokens.with_label_values(label),
             preemptions: self.preemptions.with_label_values(label),
@@ -170,6 +228,18 @@ impl ModelMetrics {
     /// A request was answered.
     pub fn success(&self, reason: &str) {
         self.count(&self.all.success, reason, 1);
+    }
+
+    /// How long an answered request was, and what its parts took.
+    pub fn answered(&self, finish: &Finish) {
+        let (usage, timings) = (&finish.usage, &finish.timings);
+        self.prefill.observe(timings.prefill_ms / 1e3);
+        self.decode.observe(timings.decode_ms / 1e3);
+        self.prompt_length.observe(usage.prompt_tokens as f64);
+        self.answer_length.observe(usage.completion_tokens as f64);
+        let details = usage.completion_tokens_details;
+        self.reasoning_tokens
+            .inc_by(details.map_or(0, |details| details.reasoning_tokens));
     }
 
     /// A request that had been taken ended in an error.

@@ -1,6 +1,7 @@
 //! The engine of one model: a handle for everybody, and one thread that owns the model and everything on it.
 
 pub mod admission;
+pub mod guide;
 pub mod metrics;
 pub mod plan;
 pub mod request;
@@ -32,8 +33,6 @@ use worker::Worker;
 pub struct EngineConfig {
     /// The model's name, for logs.
     pub id: String,
-    /// Tokens that end an answer.
-    pub eos: Vec<u32>,
     /// Only ids below this may be sampled.
     pub vocab: usize,
     /// How much may wait.
@@ -61,6 +60,8 @@ enum Command {
     Submit(SequenceId, Box<Request>, Sink, Ticket),
     /// A reader left.
     Cancel(SequenceId),
+    /// Somebody else wants a request to end; its reader is told.
+    Abort(SequenceId),
     /// A reader that was behind has room again.
     Resume(SequenceId),
     /// Finish what runs and waits, then end.

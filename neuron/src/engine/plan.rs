@@ -23,6 +23,8 @@ pub struct Row {
     pub tokens: Range<usize>,
     /// These are the last it has, so the next one is sampled.
     pub sample: bool,
+    /// The logits of each of them are wanted, not of the last alone.
+    pub every: bool,
 }
 
 impl Plan {

@@ -1,15 +1,20 @@
 //! What goes into the engine, what comes out, and the thread between: a bounded channel whose reader may be slow or leave.
 
 use super::Command;
+use super::guide::Guide;
 use super::sampler::SamplingParams;
 use super::sequence::SequenceId;
+use crate::text::grammar::GrammarError;
 use crate::text::output::{Delta, Output};
 use protocol::chat::FinishReason;
 use protocol::usage::{Timings, Usage};
 use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
@@ -24,10 +29,18 @@ pub struct Request {
     pub id: String,
     /// At least one token, and fewer than the context.
     pub prompt: Vec<u32>,
-    /// At least one; prompt and answer together fit the context.
+    /// Prompt and answer together fit the context; zero computes the prompt alone.
     pub max_tokens: usize,
     /// How to choose tokens.
     pub sampling: SamplingParams,
+    /// Tokens that end the answer.
+    pub ends: Vec<u32>,
+    /// What holds the answer to its bounds.
+    pub guide: Guide,
+    /// Give the log probabilities of the prompt's tokens too.
+    pub score_prompt: bool,
+    /// Lower begins earlier.
+    pub priority: i64,
     /// What becomes of them.
     pub output: Output,
     /// When its first byte was read: its times count from here.
@@ -67,6 +80,12 @@ pub enum EngineError {
     /// This request's logits were no numbers.
     #[error("{0}")]
     Sampling(#[from] super::sampler::NotANumber),
+    /// Its grammar took more work than is allowed.
+    #[error("the grammar of the answer: {0}")]
+    Grammar(#[from] GrammarError),
+    /// Somebody cancelled it by its id.
+    #[error("the request was cancelled")]
+    Cancelled,
     /// It took longer than the configured deadline.
     #[error("the request was not done within its deadline")]
     Deadline,
@@ -88,6 +107,8 @@ impl EngineError {
         match self {
             Self::Fault(_) => "fault",
             Self::Sampling(_) => "sampling",
+            Self::Grammar(_) => "grammar",
+            Self::Cancelled => "cancelled",
             Self::Deadline => "deadline",
             Self::SlowReader => "slow_reader",
             Self::Stopped => "stopped",
@@ -109,14 +130,30 @@ pub struct Events {
 impl Events {
     /// The next event; none after the end.
     pub async fn next(&mut self) -> Option<Event> {
-        if let Some(delta) = self.deltas.recv().await {
-            return Some(self.took(delta));
+        poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// As [`Self::next`], for who waits for several requests at once. Nothing is lost by not polling again.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        if let Some(delta) = ready!(self.deltas.poll_recv(context)) {
+            return Poll::Ready(Some(self.took(delta)));
         }
-        // The channel is closed only when the end is set or the engine is gone. The receiver is given up after
-        // the wait, so that a wait that is dropped half-way loses nothing.
-        let end = self.end.as_mut()?.await.unwrap_or(Err(EngineError::Gone));
+        // The channel is closed only when the end is set or the engine is gone.
+        let Some(end) = self.end.as_mut() else {
+            return Poll::Ready(None);
+        };
+        let end = ready!(Pin::new(end).poll(context)).unwrap_or(Err(EngineError::Gone));
         self.end = None;
-        Some(Event::End(end))
+        Poll::Ready(Some(Event::End(end)))
+    }
+
+    /// A way to end the request from elsewhere.
+    #[must_use]
+    pub fn canceller(&self) -> Canceller {
+        Canceller {
+            id: self.id,
+            engine: self.engine.clone(),
+        }
     }
 
     /// A delta that is there already.
@@ -141,6 +178,21 @@ impl Drop for Events {
         if self.end.is_some() {
             let _ = self.engine.send(Command::Cancel(self.id));
         }
+    }
+}
+
+/// Ends a request from elsewhere than its reader, which is told so.
+#[derive(Debug, Clone)]
+pub struct Canceller {
+    id: SequenceId,
+    engine: Sender<Command>,
+}
+
+impl Canceller {
+    /// Asks for the end; a request that has ended already stays as it is.
+    pub fn cancel(&self) {
+        // An engine that is gone has ended its requests.
+        let _ = self.engine.send(Command::Abort(self.id));
     }
 }
 

@@ -13,16 +13,28 @@ pub(super) struct ModelRunner {
     states: HashMap<SequenceId, SequenceState>,
 }
 
-/// The logits of one step, one row for each sequence that samples, in the plan's order.
+/// The logits of one step.
 pub(super) struct Logits {
     values: Vec<f32>,
     vocab: usize,
+    /// How many tokens of each of the plan's rows have logits.
+    counts: Vec<usize>,
 }
 
 impl Logits {
-    /// The rows, in order.
-    pub(super) fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.values.chunks_exact(self.vocab)
+    /// Those of each of the plan's rows, in order: one token's after another's.
+    pub(super) fn by_row(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let (mut rest, vocab) = (self.values.as_mut_slice(), self.vocab);
+        self.counts.iter().map(move |count| {
+            let (row, after) = std::mem::take(&mut rest).split_at_mut(count * vocab);
+            rest = after;
+            row
+        })
+    }
+
+    /// Length of one token's logits.
+    pub(super) fn vocab(&self) -> usize {
+        self.vocab
     }
 }
 
@@ -48,15 +60,17 @@ impl ModelRunner {
     pub(super) fn run(&mut self, plan: &Plan, scheduler: &Scheduler) -> Result<Logits, ModelError> {
         let mut batch = Batch::default();
         let mut states = Vec::with_capacity(plan.rows.len());
+        let mut counts = Vec::with_capacity(plan.rows.len());
         for (index, row) in plan.rows.iter().enumerate() {
             let sequence = scheduler
                 .running(row.sequence)
                 .expect("a planned sequence runs");
-            let logits = if row.sample {
-                LogitRows::Last
-            } else {
-                LogitRows::None
+            let (logits, count) = match (row.every, row.sample) {
+                (true, _) => (LogitRows::All, row.tokens.len()),
+                (false, true) => (LogitRows::Last, 1),
+                (false, false) => (LogitRows::None, 0),
             };
+            counts.push(count);
             batch.push(index, &sequence.tokens[row.tokens.clone()], logits);
             states.push(match self.states.remove(&row.sequence) {
                 Some(state) => state,
@@ -72,6 +86,7 @@ impl ModelRunner {
         Ok(Logits {
             values: logits.flatten_all()?.to_vec1()?,
             vocab: self.model.vocab_size(),
+            counts,
         })
     }
 }

@@ -1,18 +1,147 @@
 //! Logits → one token id.
 
+use crate::text::grammar::Mask;
+use crate::text::output::Scored;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 
-/// How to choose the next token. Only [`SamplingParams::new`] makes one, so its values are always in range.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Most tokens whose log probabilities are given at each place.
+pub const MOST_LOGPROBS: u64 = 20;
+
+/// How to choose tokens, as asked for; [`SamplingFields::checked`] makes [`SamplingParams`] of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingFields {
+    /// Zero is greedy.
+    pub temperature: f64,
+    /// Keep the k likeliest tokens; 0 and -1 keep all.
+    pub top_k: i64,
+    /// Keep the likeliest tokens that together have this share; 1 keeps all.
+    pub top_p: f64,
+    /// Drop tokens below this share of the likeliest; 0 keeps all.
+    pub min_p: f64,
+    /// The same seed makes the same choices.
+    pub seed: u64,
+    /// Taken off tokens the answer has.
+    pub presence_penalty: f64,
+    /// Taken off as often as the answer has them.
+    pub frequency_penalty: f64,
+    /// Divides the logits of tokens that prompt or answer have; 1 changes nothing.
+    pub repetition_penalty: f64,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f64)>,
+    /// The answer has at least so many tokens.
+    pub min_tokens: u64,
+    /// Give the log probability of each token, and of so many of the likeliest.
+    pub logprobs: Option<u64>,
+}
+
+impl Default for SamplingFields {
+    /// Plain sampling: every token as often as the model says.
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            min_tokens: 0,
+            logprobs: None,
+        }
+    }
+}
+
+impl SamplingFields {
+    /// The same, with every value in range.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub fn checked(self) -> Result<SamplingParams, OutOfRange> {
+        let check = |fits: bool, field, range| {
+            if fits {
+                Ok(())
+            } else {
+                Err(OutOfRange { field, range })
+            }
+        };
+        let penalty = -2.0..=2.0;
+        check(
+            (0.0..=2.0).contains(&self.temperature),
+            "temperature",
+            "0 to 2",
+        )?;
+        check(self.top_k >= -1, "top_k", "-1 or more")?;
+        check(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "top_p",
+            "above 0 and at most 1",
+        )?;
+        check((0.0..=1.0).contains(&self.min_p), "min_p", "0 to 1")?;
+        check(
+            penalty.contains(&self.presence_penalty),
+            "presence_penalty",
+            "-2 to 2",
+        )?;
+        check(
+            penalty.contains(&self.frequency_penalty),
+            "frequency_penalty",
+            "-2 to 2",
+        )?;
+        check(
+            self.repetition_penalty > 0.0 && self.repetition_penalty <= 10.0,
+            "repetition_penalty",
+            "above 0 and at most 10",
+        )?;
+        let bias = -100.0..=100.0;
+        check(
+            self.logit_bias.iter().all(|(_, by)| bias.contains(by)),
+            "logit_bias",
+            "numbers from -100 to 100 by token id",
+        )?;
+        check(
+            self.logprobs.is_none_or(|count| count <= MOST_LOGPROBS),
+            "top_logprobs",
+            "0 to 20",
+        )?;
+        Ok(SamplingParams { asked: self })
+    }
+}
+
+/// How to choose tokens. Only [`SamplingFields::checked`] makes one, so its values are always in range.
+#[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    temperature: f32,
-    top_k: usize,
-    top_p: f32,
-    min_p: f32,
-    seed: u64,
+    asked: SamplingFields,
+}
+
+impl SamplingParams {
+    /// Always the likeliest token.
+    #[must_use]
+    pub fn greedy() -> Self {
+        let fields = SamplingFields {
+            temperature: 0.0,
+            ..SamplingFields::default()
+        };
+        fields.checked().expect("each value is in range")
+    }
+
+    /// The same with another seed: the way another answer to the same request is drawn.
+    #[must_use]
+    pub fn with_seed_moved_by(&self, by: u64) -> Self {
+        let mut other = self.clone();
+        other.asked.seed = other.asked.seed.wrapping_add(by);
+        other
+    }
+
+    /// The answer has at least so many tokens.
+    #[must_use]
+    pub fn min_tokens(&self) -> u64 {
+        self.asked.min_tokens
+    }
 }
 
 /// A value out of range.
@@ -25,80 +154,211 @@ pub struct OutOfRange {
     pub range: &'static str,
 }
 
-impl SamplingParams {
-    /// `temperature` 0 is greedy; `top_k` 0 or -1 and `top_p` 1 and `min_p` 0 keep every token.
-    ///
-    /// # Errors
-    /// When a value is out of range.
-    pub fn new(
-        temperature: f64,
-        top_k: i64,
-        top_p: f64,
-        min_p: f64,
-        seed: u64,
-    ) -> Result<Self, OutOfRange> {
-        let check = |fits: bool, field, range| {
-            if fits {
-                Ok(())
-            } else {
-                Err(OutOfRange { field, range })
-            }
-        };
-        check((0.0..=2.0).contains(&temperature), "temperature", "0 to 2")?;
-        check(top_k >= -1, "top_k", "-1 or more")?;
-        check(
-            top_p > 0.0 && top_p <= 1.0,
-            "top_p",
-            "above 0 and at most 1",
-        )?;
-        check((0.0..=1.0).contains(&min_p), "min_p", "0 to 1")?;
-        Ok(Self {
-            temperature: temperature as f32,
-            top_k: usize::try_from(top_k).unwrap_or(0),
-            top_p: top_p as f32,
-            min_p: min_p as f32,
-            seed,
-        })
-    }
-
-    /// Always the likeliest token.
-    #[must_use]
-    pub fn greedy() -> Self {
-        Self::new(0.0, 0, 1.0, 0.0, 0).expect("each value is in range")
-    }
-}
-
 /// The logits hold no number to choose by: the computation that made them went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the model computed logits that are not numbers")]
 pub struct NotANumber;
 
-/// Chooses the `counter`-th token of a request. The choice depends on nothing but the arguments.
-///
-/// `logits` are those of the ids that may be sampled: the tail past the tokenizer is cut off by the caller.
+/// Scores `token` and the `top` likeliest under `logits`.
 ///
 /// # Errors
-/// [`NotANumber`] when no logit is finite.
-pub fn sample(logits: &[f32], params: &SamplingParams, counter: u64) -> Result<u32, NotANumber> {
-    if logits.iter().any(|logit| logit.is_nan()) {
+/// [`NotANumber`] when the logits hold something else.
+pub fn score(logits: &[f32], token: u32, top: usize) -> Result<Scored, NotANumber> {
+    let scored = Place::of(logits, top).scored(token, logits[token as usize]);
+    if scored.logprob.is_nan() {
         return Err(NotANumber);
     }
+    Ok(scored)
+}
+
+/// What is known of a row of logits before anything in it is changed.
+struct Place {
+    /// Log of the sum of all weights.
+    total: f32,
+    top: Vec<(u32, f32)>,
+}
+
+impl Place {
+    fn of(logits: &[f32], top_count: usize) -> Self {
+        let peak = argmax(logits).map_or(0.0, |best| logits[best]);
+        let sum: f64 = logits
+            .iter()
+            .map(|logit| f64::from((logit - peak).exp()))
+            .sum();
+        let total = peak + sum.ln() as f32;
+        let mut top = top(logits, top_count).into_sorted_vec();
+        top.reverse();
+        let top = top
+            .into_iter()
+            .map(|next| (id(next.id), next.logit - total));
+        Self {
+            total,
+            top: top.collect(),
+        }
+    }
+
+    fn scored(self, token: u32, logit: f32) -> Scored {
+        Scored {
+            token,
+            logprob: logit - self.total,
+            top: self.top,
+        }
+    }
+}
+
+/// A token that was chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// Which.
+    pub token: u32,
+    /// Its log probability, if asked for.
+    pub scored: Option<Scored>,
+}
+
+/// What bears on the next token beside logits and parameters.
+#[derive(Default)]
+pub struct Bounds<'a> {
+    /// Takes the place of a choice.
+    pub forced: Option<u32>,
+    /// What a grammar allows.
+    pub mask: Option<Mask>,
+    /// Tokens that end the answer: impossible before it has its least length.
+    pub ends: &'a [u32],
+}
+
+/// Chooses the tokens of one answer, and remembers those it has for the penalties.
+#[derive(Debug)]
+pub struct Sampler {
+    params: SamplingParams,
+    /// Ids of the prompt, each once; only where they matter.
+    prompt: Vec<u32>,
+    counts: HashMap<u32, u32>,
+    drawn: u64,
+}
+
+impl Sampler {
+    /// A sampler at the beginning of an answer to `prompt`.
+    #[must_use]
+    pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
+        let mut ids = Vec::new();
+        if params.asked.repetition_penalty != 1.0 {
+            ids = prompt.to_vec();
+            ids.sort_unstable();
+            ids.dedup();
+        }
+        Self {
+            params,
+            prompt: ids,
+            counts: HashMap::new(),
+            drawn: 0,
+        }
+    }
+
+    /// How many of the likeliest tokens are wanted at each place of a scored prompt.
+    #[must_use]
+    pub fn top_count(&self) -> usize {
+        usize::try_from(self.params.asked.logprobs.unwrap_or(0)).unwrap_or(0)
+    }
+
+    /// Chooses the next token. The choice depends on the arguments, the parameters and the answer so far alone.
+    ///
+    /// `logits` are those of the ids that may be sampled: the tail past the tokenizer is cut off by the caller. They are
+    /// changed in place.
+    ///
+    /// # Errors
+    /// [`NotANumber`] when no logit is finite.
+    pub fn next(&mut self, logits: &mut [f32], bounds: Bounds<'_>) -> Result<Choice, NotANumber> {
+        if logits.iter().any(|logit| logit.is_nan()) {
+            return Err(NotANumber);
+        }
+        let place = self
+            .params
+            .asked
+            .logprobs
+            .map(|_| Place::of(logits, self.top_count()));
+        let mut before = Vec::new();
+        let token = match bounds.forced {
+            Some(token) => token,
+            None => {
+                self.change(logits, place.is_some().then_some(&mut before));
+                if self.drawn < self.params.asked.min_tokens {
+                    for end in bounds.ends {
+                        if let Some(logit) = logits.get_mut(*end as usize) {
+                            *logit = f32::NEG_INFINITY;
+                        }
+                    }
+                }
+                if let Some(mask) = bounds.mask {
+                    mask.apply(logits);
+                }
+                draw(logits, &self.params.asked, self.drawn)?
+            }
+        };
+        self.drawn += 1;
+        *self.counts.entry(token).or_default() += 1;
+        let scored = place.map(|place| {
+            let changed = before.iter().find(|(id, _)| *id == token);
+            let logit = changed.map_or_else(|| logits[token as usize], |(_, logit)| *logit);
+            place.scored(token, logit)
+        });
+        Ok(Choice { token, scored })
+    }
+
+    /// Penalties and bias. `before` gets what they changed, as it was.
+    fn change(&self, logits: &mut [f32], mut before: Option<&mut Vec<(u32, f32)>>) {
+        let asked = &self.params.asked;
+        let mut change = |id: u32, to: &dyn Fn(f32) -> f32| {
+            let Some(logit) = logits.get_mut(id as usize) else {
+                return;
+            };
+            if let Some(before) = before.as_deref_mut() {
+                before.push((id, *logit));
+            }
+            *logit = to(*logit);
+        };
+        if asked.repetition_penalty != 1.0 {
+            let by = asked.repetition_penalty as f32;
+            let answer = self.counts.keys();
+            let answer = answer.filter(|id| self.prompt.binary_search(id).is_err());
+            for &id in self.prompt.iter().chain(answer) {
+                change(id, &|logit| {
+                    if logit > 0.0 { logit / by } else { logit * by }
+                });
+            }
+        }
+        let (presence, frequency) = (
+            asked.presence_penalty as f32,
+            asked.frequency_penalty as f32,
+        );
+        if presence != 0.0 || frequency != 0.0 {
+            for (&id, &count) in &self.counts {
+                change(id, &|logit| logit - presence - frequency * count as f32);
+            }
+        }
+        for &(id, by) in &asked.logit_bias {
+            change(id, &|logit| logit + by as f32);
+        }
+    }
+}
+
+/// The `counter`-th choice of a request among `logits`.
+fn draw(logits: &[f32], params: &SamplingFields, counter: u64) -> Result<u32, NotANumber> {
     let best = argmax(logits).ok_or(NotANumber)?;
     if params.temperature == 0.0 || params.top_k == 1 {
         return Ok(id(best));
     }
     let peak = logits[best];
-    let scale = 1.0 / params.temperature;
+    let scale = 1.0 / params.temperature as f32;
     let weight = |logit: f32| ((logit - peak) * scale).exp();
     let mut draw = Draw::new(params.seed, counter);
-    if params.top_k == 0 && params.top_p >= 1.0 {
+    if params.top_k <= 0 && params.top_p >= 1.0 {
         // No order needed: min_p compares to the peak, whose weight is one.
-        let kept = |logit: &f32| Some(weight(*logit)).filter(|weight| *weight >= params.min_p);
+        let least = params.min_p as f32;
+        let kept = |logit: &f32| Some(weight(*logit)).filter(|weight| *weight >= least);
         let total = logits.iter().filter_map(kept).map(f64::from).sum::<f64>();
         let kept = logits.iter().enumerate();
-        let kept = kept.filter_map(|(id, logit)| {
-            Some((id, weight(*logit))).filter(|kept| kept.1 >= params.min_p)
-        });
+        let kept = kept
+            .filter_map(|(id, logit)| Some((id, weight(*logit))).filter(|kept| kept.1 >= least));
         return Ok(id(draw.pick(kept, total).unwrap_or(best)));
     }
     let candidates = likeliest(logits, params, weight);
@@ -109,23 +369,23 @@ pub fn sample(logits: &[f32], params: &SamplingParams, counter: u64) -> Result<u
 /// The tokens that top_k, then top_p, then min_p leave, likeliest first, with their weights.
 fn likeliest(
     logits: &[f32],
-    params: &SamplingParams,
+    params: &SamplingFields,
     weight: impl Fn(f32) -> f32,
 ) -> Vec<(usize, f32)> {
     // A heap gives the likeliest first at the price of those taken: most answers need a few dozen of 250,000.
-    let mut ranked = match params.top_k {
-        0 => ranked(logits).collect(),
-        k => top(logits, k),
+    let mut ranked = match usize::try_from(params.top_k) {
+        Ok(0) | Err(_) => ranked(logits).collect(),
+        Ok(k) => top(logits, k),
     };
     let weights = ranked.iter().map(|next| f64::from(weight(next.logit)));
-    let wanted = f64::from(params.top_p) * weights.sum::<f64>();
+    let wanted = params.top_p * weights.sum::<f64>();
     let mut kept = Vec::new();
     let mut covered = 0.0;
     while covered < wanted
         && let Some(next) = ranked.pop()
     {
         let weight = weight(next.logit);
-        if weight < params.min_p {
+        if weight < params.min_p as f32 {
             break;
         }
         covered += f64::from(weight);
@@ -231,23 +491,41 @@ mod tests {
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
     /// How often each id comes in 4,000 draws.
-    fn counts(params: &SamplingParams) -> [u32; 5] {
+    fn counts(params: &SamplingFields) -> [u32; 5] {
         let mut counts = [0; 5];
         for counter in 0..4000 {
-            counts[sample(&LOGITS, params, counter).unwrap() as usize] += 1;
+            counts[draw(&LOGITS, params, counter).unwrap() as usize] += 1;
         }
         counts
     }
 
-    fn params(temperature: f64, top_k: i64, top_p: f64, min_p: f64) -> SamplingParams {
-        SamplingParams::new(temperature, top_k, top_p, min_p, 7).unwrap()
+    fn params(temperature: f64, top_k: i64, top_p: f64, min_p: f64) -> SamplingFields {
+        SamplingFields {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed: 7,
+            ..SamplingFields::default()
+        }
+    }
+
+    fn greedy() -> SamplingFields {
+        params(0.0, 0, 1.0, 0.0)
+    }
+
+    /// The greedy choices of `count` tokens, each from the same logits.
+    fn choices(fields: SamplingFields, prompt: &[u32], count: usize) -> Vec<u32> {
+        let mut sampler = Sampler::new(fields.checked().unwrap(), prompt);
+        let mut choose = || sampler.next(&mut LOGITS.clone(), Bounds::default());
+        (0..count).map(|_| choose().unwrap().token).collect()
     }
 
     #[test]
     fn temperature_zero_is_the_first_of_the_largest() {
-        assert_eq!(sample(&LOGITS, &SamplingParams::greedy(), 0), Ok(1));
+        assert_eq!(draw(&LOGITS, &greedy(), 0), Ok(1));
         let hidden = [f32::NEG_INFINITY, -5.0, f32::NEG_INFINITY];
-        assert_eq!(sample(&hidden, &SamplingParams::greedy(), 0), Ok(1));
+        assert_eq!(draw(&hidden, &greedy(), 0), Ok(1));
     }
 
     #[test]
@@ -302,8 +580,11 @@ mod tests {
     #[test]
     fn a_choice_depends_on_seed_and_place_alone() {
         let draw = |seed, counter| {
-            let params = SamplingParams::new(1.5, 0, 1.0, 0.0, seed).unwrap();
-            sample(&LOGITS, &params, counter).unwrap()
+            let fields = SamplingFields {
+                seed,
+                ..params(1.5, 0, 1.0, 0.0)
+            };
+            draw(&LOGITS, &fields, counter).unwrap()
         };
         let forward: Vec<u32> = (0..50).map(|counter| draw(1, counter)).collect();
         let backward: Vec<u32> = (0..50).rev().map(|counter| draw(1, counter)).collect();
@@ -316,26 +597,144 @@ mod tests {
 
     #[test]
     fn logits_that_are_no_numbers_are_an_error() {
+        let mut sampler = Sampler::new(SamplingParams::greedy(), &[]);
         assert_eq!(
-            sample(&[1.0, f32::NAN], &SamplingParams::greedy(), 0),
+            sampler.next(&mut [1.0, f32::NAN], Bounds::default()),
             Err(NotANumber)
         );
         assert_eq!(
-            sample(&[f32::NEG_INFINITY], &params(1.0, 0, 1.0, 0.0), 0),
+            draw(&[f32::NEG_INFINITY], &params(1.0, 0, 1.0, 0.0), 0),
             Err(NotANumber)
         );
     }
 
     #[test]
+    fn penalties_and_bias_move_the_choice() {
+        // 1 and 3 are worth 3, 2 is worth 2, 0 is worth 1.
+        assert_eq!(choices(greedy(), &[], 3), [1, 1, 1]);
+        let presence = SamplingFields {
+            presence_penalty: 1.5,
+            ..greedy()
+        };
+        assert_eq!(
+            choices(presence, &[], 5),
+            [1, 3, 2, 1, 1],
+            "once, however often"
+        );
+        let frequency = SamplingFields {
+            frequency_penalty: 1.5,
+            ..greedy()
+        };
+        assert_eq!(
+            choices(frequency, &[], 5),
+            [1, 3, 2, 1, 3],
+            "each time again"
+        );
+        let repetition = SamplingFields {
+            repetition_penalty: 2.0,
+            ..greedy()
+        };
+        assert_eq!(choices(repetition.clone(), &[], 3), [1, 3, 2]);
+        assert_eq!(choices(repetition, &[1, 1, 3], 1), [2], "the prompt counts");
+        let bias = SamplingFields {
+            logit_bias: vec![(4, 5.0), (99, 1.0)],
+            ..greedy()
+        };
+        assert_eq!(choices(bias, &[], 1), [4]);
+    }
+
+    #[test]
+    fn the_answer_cannot_end_before_its_least_length() {
+        let fields = SamplingFields {
+            min_tokens: 2,
+            ..greedy()
+        };
+        let mut sampler = Sampler::new(fields.checked().unwrap(), &[]);
+        let mut choose = || {
+            let bounds = Bounds {
+                ends: &[1, 77],
+                ..Bounds::default()
+            };
+            sampler.next(&mut LOGITS.clone(), bounds).unwrap().token
+        };
+        assert_eq!([choose(), choose(), choose()], [3, 3, 1]);
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_model_whatever_changed_the_choice() {
+        let fields = SamplingFields {
+            logprobs: Some(2),
+            logit_bias: vec![(0, 50.0)],
+            ..greedy()
+        };
+        let mut sampler = Sampler::new(fields.checked().unwrap(), &[]);
+        let choice = sampler
+            .next(&mut LOGITS.clone(), Bounds::default())
+            .unwrap();
+        let total = LOGITS.iter().map(|logit| logit.exp()).sum::<f32>().ln();
+        let scored = choice.scored.unwrap();
+        assert_eq!(choice.token, 0);
+        assert!((scored.logprob - (1.0 - total)).abs() < 1e-5, "{scored:?}");
+        let ids: Vec<u32> = scored.top.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, [1, 3]);
+        assert!((scored.top[0].1 - (3.0 - total)).abs() < 1e-5);
+        assert_eq!(score(&LOGITS, 0, 2), Ok(scored));
+        assert_eq!(score(&[1.0, f32::NAN], 0, 0), Err(NotANumber));
+        let bounds = Bounds {
+            forced: Some(4),
+            ..Bounds::default()
+        };
+        let forced = sampler.next(&mut LOGITS.clone(), bounds).unwrap();
+        assert_eq!(forced.token, 4);
+        assert!((forced.scored.unwrap().logprob - (-1.0 - total)).abs() < 1e-5);
+    }
+
+    #[test]
     fn a_value_out_of_range_is_named() {
-        for (result, field) in [
-            (SamplingParams::new(-0.1, 0, 1.0, 0.0, 0), "temperature"),
-            (SamplingParams::new(f64::NAN, 0, 1.0, 0.0, 0), "temperature"),
-            (SamplingParams::new(1.0, -2, 1.0, 0.0, 0), "top_k"),
-            (SamplingParams::new(1.0, 0, 0.0, 0.0, 0), "top_p"),
-            (SamplingParams::new(1.0, 0, 1.0, 1.1, 0), "min_p"),
+        let plain = SamplingFields::default;
+        for (fields, name) in [
+            (params(-0.1, 0, 1.0, 0.0), "temperature"),
+            (params(f64::NAN, 0, 1.0, 0.0), "temperature"),
+            (params(1.0, -2, 1.0, 0.0), "top_k"),
+            (params(1.0, 0, 0.0, 0.0), "top_p"),
+            (params(1.0, 0, 1.0, 1.1), "min_p"),
+            (
+                SamplingFields {
+                    presence_penalty: 2.5,
+                    ..plain()
+                },
+                "presence_penalty",
+            ),
+            (
+                SamplingFields {
+                    frequency_penalty: -3.0,
+                    ..plain()
+                },
+                "frequency_penalty",
+            ),
+            (
+                SamplingFields {
+                    repetition_penalty: 0.0,
+                    ..plain()
+                },
+                "repetition_penalty",
+            ),
+            (
+                SamplingFields {
+                    logit_bias: vec![(1, 101.0)],
+                    ..plain()
+                },
+                "logit_bias",
+            ),
+            (
+                SamplingFields {
+                    logprobs: Some(21),
+                    ..plain()
+                },
+                "top_logprobs",
+            ),
         ] {
-            assert_eq!(result.unwrap_err().field, field);
+            assert_eq!(fields.checked().unwrap_err().field, name);
         }
     }
 }

@@ -38,9 +38,11 @@ impl Scheduler {
         }
     }
 
-    /// Puts a sequence at the end of the line.
+    /// Puts a sequence in the line: behind all that have its priority or a better one.
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        let ahead = |other: &Sequence| other.priority <= sequence.priority;
+        let place = self.waiting.iter().rposition(ahead).map_or(0, |at| at + 1);
+        self.waiting.insert(place, sequence);
     }
 
     /// Takes a sequence out, wherever it stands.
@@ -106,7 +108,7 @@ impl Scheduler {
         }
         let mut budget = self.bounds.prefill_tokens;
         for sequence in self.running.iter().filter(active) {
-            let piece = sequence.remaining().min(budget);
+            let piece = sequence.piece(budget);
             if sequence.remaining() > 1 && piece > 0 {
                 budget -= piece;
                 plan.rows.push(row(sequence, piece));
@@ -117,7 +119,7 @@ impl Scheduler {
                 break;
             };
             sequence.status = SequenceStatus::Running;
-            let piece = sequence.remaining().min(budget);
+            let piece = sequence.piece(budget);
             budget -= piece;
             plan.rows.push(row(&sequence, piece));
             plan.started.push(sequence.id);
@@ -186,6 +188,7 @@ fn row(sequence: &Sequence, count: usize) -> Row {
     Row {
         sequence: sequence.id,
         sample: tokens.end == sequence.tokens.len(),
+        every: sequence.every_logit,
         tokens,
     }
 }
@@ -243,6 +246,19 @@ mod tests {
             step(&mut scheduler, FREE),
             [(1, 1, true), (2, 1, true), (3, 1, true)]
         );
+    }
+
+    #[test]
+    fn a_better_priority_begins_earlier_and_equals_keep_their_order() {
+        let mut scheduler = scheduler(8, 64, 0);
+        for (id, priority) in [(1, 0), (2, 5), (3, -5), (4, 0)] {
+            scheduler.add(Sequence {
+                priority,
+                ..Sequence::new(SequenceId(id), vec![0; 2])
+            });
+        }
+        let begun = scheduler.plan(FREE).started;
+        assert_eq!(begun, [3, 1, 4, 2].map(SequenceId));
     }
 
     #[test]

@@ -26,7 +26,14 @@ pub struct Sequence {
     pub computed: usize,
     /// Where it stands.
     pub status: SequenceStatus,
+    /// Lower begins earlier.
+    pub priority: i64,
+    /// The logits of each of its tokens are wanted: its prompt is to be scored.
+    pub every_logit: bool,
 }
+
+/// Tokens of a scored prompt in one step: a row of logits is as long as the vocabulary, so few fit in memory.
+const SCORED_TOKENS: usize = 64;
 
 impl Sequence {
     /// A sequence that has not begun. `prompt` must not be empty.
@@ -38,6 +45,8 @@ impl Sequence {
             tokens: prompt,
             computed: 0,
             status: SequenceStatus::Waiting,
+            priority: 0,
+            every_logit: false,
         }
     }
 
@@ -45,5 +54,16 @@ impl Sequence {
     #[must_use]
     pub fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// How many of them one step with room for `budget` takes in.
+    #[must_use]
+    pub fn piece(&self, budget: usize) -> usize {
+        let most = if self.every_logit {
+            SCORED_TOKENS
+        } else {
+            usize::MAX
+        };
+        self.remaining().min(budget).min(most)
     }
 }

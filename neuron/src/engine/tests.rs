@@ -1,14 +1,17 @@
 //! The engine with a fake model: what every request may rely on.
 
 use super::fake::{FakeModel, Gate, Script};
+use super::guide::{Guide, Scope, ThinkingBudget};
 use super::metrics::EngineMetrics;
 use super::request::{EngineError, Event, Events, Finish, Request};
-use super::sampler::SamplingParams;
+use super::sampler::{SamplingFields, SamplingParams};
 use super::scheduler::Bounds;
 use super::{AdmissionLimits, Engine, EngineConfig, Rejected};
+use crate::text::grammar::{Grammars, Shape};
 use crate::text::output::{Delta, Output, OutputOptions};
 use crate::text::tokenizer::Tokenizer;
 use crate::text::tokenizer::tests::tiny;
+use crate::text::tools::ToolForm;
 use protocol::chat::FinishReason;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,7 +27,6 @@ struct Bench {
 fn config() -> EngineConfig {
     EngineConfig {
         id: "m".into(),
-        eos: vec![EOS, 479],
         vocab: 512,
         admission: AdmissionLimits {
             max_waiting: 100,
@@ -72,6 +74,10 @@ impl Bench {
             prompt: self.tokenizer.encode(prompt).unwrap(),
             max_tokens,
             sampling,
+            ends: vec![EOS, 479],
+            guide: Guide::default(),
+            score_prompt: false,
+            priority: 0,
             output: Output::new(self.tokenizer.clone(), options),
             arrived: Instant::now(),
             deadline: Instant::now() + Duration::from_secs(3600),
@@ -106,7 +112,12 @@ async fn text_of(mut events: Events) -> String {
 }
 
 fn warm(seed: u64) -> SamplingParams {
-    SamplingParams::new(1.0, 0, 0.95, 0.0, seed).unwrap()
+    let fields = SamplingFields {
+        top_p: 0.95,
+        seed,
+        ..SamplingFields::default()
+    };
+    fields.checked().unwrap()
 }
 
 #[tokio::test]
@@ -387,5 +398,180 @@ async fn the_tail_past_the_tokenizer_is_never_sampled() {
     for seed in 0..5 {
         let (_, end) = collect(&mut bench.submit("Hello", 40, warm(seed))).await;
         assert_eq!(end.unwrap().usage.completion_tokens, 40);
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_is_scored_alike_in_any_pieces_and_need_not_be_answered() {
+    let prompt =
+        "a prompt that is a good deal longer than one step takes in, to be scored as a whole";
+    let mut all = Vec::new();
+    for prefill_tokens in [16, 1, 4096] {
+        let mut config = config();
+        config.bounds.prefill_tokens = prefill_tokens;
+        let bench = bench_with(FakeModel::new(Script::Hash), config);
+        let fields = SamplingFields {
+            logprobs: Some(2),
+            ..SamplingFields::default()
+        };
+        let mut request = bench.request(prompt, 0, fields.checked().unwrap());
+        request.score_prompt = true;
+        let count = request.prompt.len();
+        let mut events = bench.engine.submit(request).unwrap();
+        let Some(Event::Delta(Delta::Prompt(scores))) = events.next().await else {
+            panic!("the scores come first");
+        };
+        assert_eq!(scores.len(), count);
+        assert!(scores[0].is_none(), "nothing precedes the first");
+        for scored in scores[1..].iter().flatten() {
+            assert_eq!(scored.top.len(), 2);
+            assert!(scored.logprob <= scored.top[0].1);
+        }
+        assert!(scores[1..].iter().all(Option::is_some));
+        let Some(Event::End(Ok(finish))) = events.next().await else {
+            panic!("then the end");
+        };
+        assert_eq!(finish.reason, FinishReason::Length);
+        assert_eq!(finish.usage.completion_tokens, 0);
+        all.push(scores);
+    }
+    assert_eq!(all[0], all[1]);
+    assert_eq!(all[0], all[2]);
+}
+
+#[tokio::test]
+async fn a_cancelled_request_is_told_and_frees_its_sequence() {
+    let gate = Gate::closed_after(2);
+    let model = FakeModel {
+        gate: gate.clone(),
+        ..FakeModel::new(Script::Hash)
+    };
+    let bench = bench_with(model, config());
+    let mut events = bench.submit("Hello", 1000, SamplingParams::greedy());
+    let canceller = events.canceller();
+    canceller.cancel();
+    gate.open();
+    let (_, end) = collect(&mut events).await;
+    assert_eq!(end.unwrap_err(), EngineError::Cancelled);
+    canceller.cancel();
+    assert_eq!(bench.engine.in_flight(), 0);
+}
+
+/// What a request says and thinks under a guide, and its end.
+async fn guided(say: &str, guide: Guide, max_tokens: usize) -> (String, String, Finish) {
+    let tokenizer = tiny();
+    let prompt = tokenizer.encode("how").unwrap().len();
+    let mut tokens = tokenizer.encode(say).unwrap();
+    tokens.push(EOS);
+    let bench = bench(Script::Say { prompt, tokens });
+    let options = OutputOptions {
+        thinking: Some(true),
+        ..OutputOptions::default()
+    };
+    let request = Request {
+        guide,
+        output: Output::new(tokenizer, options),
+        ..bench.request("how", max_tokens, SamplingParams::greedy())
+    };
+    let mut events = bench.engine.submit(request).unwrap();
+    let (mut thought, mut said) = (String::new(), String::new());
+    loop {
+        match events.next().await.expect("an end comes") {
+            Event::Delta(Delta::Reasoning(text)) => thought.push_str(&text),
+            Event::Delta(Delta::Content(text)) => said.push_str(&text),
+            Event::Delta(other) => panic!("unexpected {other:?}"),
+            Event::End(end) => return (thought, said, end.unwrap()),
+        }
+    }
+}
+
+fn ids(text: &str) -> Arc<[u32]> {
+    tiny().encode(text).unwrap().into()
+}
+
+#[tokio::test]
+async fn a_thinking_budget_closes_the_thought_and_the_answer_follows() {
+    let budget = |tokens| ThinkingBudget {
+        tokens,
+        close: ids("\n</think>\n\n"),
+    };
+    let thought = "one two three four five six seven eight nine ten";
+    for tokens in [0, 5] {
+        let guide = Guide::new(Some(budget(tokens)), None, ids("\n\n"));
+        let (thought, said, finish) = guided(thought, guide, 40).await;
+        let close = ids("\n</think>\n\n").len() as u64;
+        let details = finish.usage.completion_tokens_details.unwrap();
+        assert!(details.reasoning_tokens <= tokens + close, "{details:?}");
+        assert_eq!(thought.is_empty(), tokens == 0, "{thought:?}");
+        assert!(!said.is_empty(), "the model goes on outside the block");
+    }
+    let guide = Guide::new(Some(budget(1000)), None, ids("\n\n"));
+    let (whole, ..) = guided(thought, guide, 1000).await;
+    assert_eq!(whole, thought, "a budget that is not spent changes nothing");
+}
+
+#[tokio::test]
+async fn a_grammar_holds_from_the_end_of_the_thinking_on() {
+    let grammars = Grammars::new(tiny(), vec![EOS, 479]);
+    let shape = Shape::Choice(vec!["yes".into(), "no".into()]);
+    let grammar = grammars.compile(shape).unwrap();
+    let guide = Guide::new(None, Some((grammar, Scope::Answer)), ids("\n\n"));
+    let (thought, said, finish) = guided("hm, what?\n</think>\n\nno idea", guide, 40).await;
+    assert_eq!(
+        thought, "hm, what?",
+        "the grammar does not touch the thought"
+    );
+    assert!(said == "yes" || said == "no", "{said:?}");
+    assert_eq!(finish.reason, FinishReason::Stop);
+}
+
+#[tokio::test]
+async fn a_strict_tool_is_called_as_its_schema_says_and_text_before_is_free() {
+    let tools = serde_json::json!([{"type": "function", "function": {"name": "now", "strict": true,
+        "parameters": {"type": "object", "properties": {"zone": {"enum": [1, 2]}}, "required": ["zone"], "additionalProperties": false}}}]);
+    let tools: Vec<protocol::chat::Tool> = serde_json::from_value(tools).unwrap();
+    let call = "I look. <tool_call>\n<function=never>\n<parameter=zone>\nmany\n</parameter>\n</function>\n</tool_call>";
+    for form in [ToolForm::QwenXml, ToolForm::Hermes] {
+        let shape = form.block_shape(&tools).unwrap();
+        let grammar = Grammars::new(tiny(), vec![EOS]).compile(shape).unwrap();
+        let prompt = tiny().encode("how").unwrap().len();
+        let mut tokens = tiny().encode(call).unwrap();
+        tokens.push(EOS);
+        let bench = bench(Script::Say { prompt, tokens });
+        let options = OutputOptions {
+            tools: Some((form, tools.clone().into())),
+            ..OutputOptions::default()
+        };
+        let request = Request {
+            guide: Guide::new(None, Some((grammar, Scope::Calls)), Arc::default()),
+            output: Output::new(tiny(), options),
+            ..bench.request("how", 300, SamplingParams::greedy())
+        };
+        let mut events = bench.engine.submit(request).unwrap();
+        let (mut said, mut calls) = (String::new(), Vec::new());
+        loop {
+            match events.next().await.expect("an end comes") {
+                Event::Delta(Delta::Content(text)) => said.push_str(&text),
+                Event::Delta(Delta::ToolCall {
+                    name, arguments, ..
+                }) => {
+                    calls.push((name, arguments));
+                }
+                Event::Delta(other) => panic!("unexpected {other:?}"),
+                Event::End(end) => {
+                    assert_eq!(
+                        end.unwrap().reason,
+                        FinishReason::ToolCalls,
+                        "{form:?}: {said}"
+                    );
+                    break;
+                }
+            }
+        }
+        assert!(said.starts_with("I look."), "{said}");
+        let (name, arguments) = &calls[0];
+        let zone = &serde_json::from_str::<serde_json::Value>(arguments).unwrap()["zone"];
+        assert_eq!(name, "now", "{form:?}");
+        assert!(*zone == 1 || *zone == 2, "{form:?}: {arguments}");
     }
 }

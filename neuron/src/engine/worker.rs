@@ -1,18 +1,20 @@
 //! The engine's thread: inbox → plan → run → commit → emit, until it is told to end.
 
 use super::admission::Ticket;
+use super::guide::Guide;
 use super::metrics::ModelMetrics;
 use super::plan::Plan;
 use super::request::{EngineError, Finish, Request, Sink};
 use super::runner::{Logits, ModelRunner};
-use super::sampler::{SamplingParams, sample};
+use super::sampler::{Bounds, NotANumber, Sampler, score};
 use super::scheduler::Scheduler;
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, EngineConfig};
 use crate::model::{CausalLm, ModelError};
-use crate::text::output::{Ending, Output};
+use crate::text::grammar::GrammarError;
+use crate::text::output::{Delta, Ending, Output, Scored};
 use protocol::chat::FinishReason;
-use protocol::usage::{CompletionTokensDetails, Timings, Usage};
+use protocol::usage::{CompletionTokensDetails, PromptTokensDetails, Timings, Usage};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
@@ -39,13 +41,20 @@ enum Mode {
 /// What belongs to a request beside its tokens.
 struct Life {
     request_id: String,
-    sampling: SamplingParams,
+    sampler: Sampler,
+    guide: Guide,
+    /// Tokens that end the answer.
+    ends: Vec<u32>,
     output: Output,
     sink: Sink,
     ticket: Ticket,
     prompt: u64,
     max_tokens: u64,
     generated: u64,
+    /// The score of each token of the prompt, where wanted and not given yet.
+    prompt_scores: Option<Vec<Option<Scored>>>,
+    /// The score of the token just chosen.
+    scored: Option<Scored>,
     clock: Clock,
     deadline: Instant,
     /// Since when the reader has taken nothing.
@@ -120,8 +129,8 @@ impl Worker {
             return Ok(());
         }
         let began = Instant::now();
-        let logits = self.runner.run(&plan, &self.scheduler)?;
-        let sampled = self.sample(&plan, &logits);
+        let mut logits = self.runner.run(&plan, &self.scheduler)?;
+        let sampled = self.sample(&plan, &mut logits);
         let (decode, prefill) = plan.token_counts();
         self.metrics
             .step(decode, prefill, began.elapsed().as_secs_f64());
@@ -148,6 +157,7 @@ impl Worker {
         match command {
             Command::Submit(id, request, sink, ticket) => self.take(id, *request, sink, ticket),
             Command::Cancel(id) => self.cancel(id),
+            Command::Abort(id) => self.abort(id),
             Command::Resume(id) => self.resume(id),
             Command::Drain => self.mode = Mode::Draining,
             Command::Stop => self.mode = Mode::Stopped,
@@ -157,13 +167,19 @@ impl Worker {
     fn take(&mut self, id: SequenceId, request: Request, sink: Sink, ticket: Ticket) {
         let life = Life {
             request_id: request.id,
-            sampling: request.sampling,
+            sampler: Sampler::new(request.sampling, &request.prompt),
+            guide: request.guide,
+            ends: request.ends,
             output: request.output,
             sink,
             ticket,
             prompt: request.prompt.len() as u64,
             max_tokens: request.max_tokens as u64,
             generated: 0,
+            prompt_scores: request
+                .score_prompt
+                .then(|| vec![None; request.prompt.len()]),
+            scored: None,
             clock: Clock {
                 arrived: request.arrived,
                 started: None,
@@ -175,7 +191,11 @@ impl Worker {
             finish: None,
         };
         self.lives.insert(id, life);
-        self.scheduler.add(Sequence::new(id, request.prompt));
+        self.scheduler.add(Sequence {
+            priority: request.priority,
+            every_logit: request.score_prompt,
+            ..Sequence::new(id, request.prompt)
+        });
     }
 
     fn plan(&mut self) -> Plan {
@@ -206,17 +226,39 @@ impl Worker {
     }
 
     /// The next token of every row that samples; a sequence whose logits are no numbers fails alone.
-    fn sample(&mut self, plan: &Plan, logits: &Logits) -> Vec<(SequenceId, u32)> {
+    fn sample(&mut self, plan: &Plan, logits: &mut Logits) -> Vec<(SequenceId, u32)> {
         let mut sampled = Vec::new();
-        let rows = plan.rows.iter().filter(|row| row.sample);
-        for (row, logits) in rows.zip(logits.rows()) {
-            let Some(life) = self.lives.get(&row.sequence) else {
+        let length = logits.vocab();
+        let allowed = self.config.vocab.min(length);
+        for (row, logits) in plan.rows.iter().zip(logits.by_row()) {
+            let id = row.sequence;
+            let Some(life) = self.lives.get_mut(&id) else {
                 continue;
             };
-            let allowed = &logits[..self.config.vocab.min(logits.len())];
-            match sample(allowed, &life.sampling, life.generated) {
-                Ok(token) => sampled.push((row.sequence, token)),
-                Err(error) => self.fail(row.sequence, error.into()),
+            if row.every
+                && let Some(sequence) = self.scheduler.running(id)
+            {
+                let places = logits.chunks_exact(length).map(|logits| &logits[..allowed]);
+                let places = row.tokens.clone().zip(places);
+                if let Err(error) = life.score_prompt(&sequence.tokens, places) {
+                    self.fail(id, error.into());
+                    continue;
+                }
+            }
+            if !row.sample {
+                continue;
+            }
+            if let Some(scores) = life.prompt_scores.take() {
+                life.sink.send(Delta::Prompt(scores));
+            }
+            if life.max_tokens == 0 {
+                self.complete(id);
+                continue;
+            }
+            let last = logits.len() - length;
+            match life.choose(&mut logits[last..last + allowed], &self.metrics) {
+                Ok(token) => sampled.push((id, token)),
+                Err(error) => self.fail(id, error),
             }
         }
         sampled
@@ -240,13 +282,33 @@ impl Worker {
                         .observe((now - life.clock.arrived).as_secs_f64());
                 }
             }
-            if let Some(finish) = life.advance(token, &self.config.eos) {
-                life.finish = Some(finish);
-                self.scheduler.remove(id);
-                self.runner.forget(id);
+            match life.advance(token) {
+                Ok(Some(finish)) => {
+                    life.finish = Some(finish);
+                    self.scheduler.remove(id);
+                    self.runner.forget(id);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    self.fail(id, error.into());
+                    continue;
+                }
             }
             self.settle(id, now);
         }
+    }
+
+    /// Ends a request that wanted its prompt computed and no answer.
+    fn complete(&mut self, id: SequenceId) {
+        let Some(life) = self.lives.get_mut(&id) else {
+            return;
+        };
+        let now = Instant::now();
+        life.clock.first_token = Some(now);
+        life.finish = Some(life.finished(FinishReason::Length, None));
+        self.scheduler.remove(id);
+        self.runner.forget(id);
+        self.settle(id, now);
     }
 
     /// Pauses a sequence whose reader is behind, resumes it when that is over, ends it when it is done.
@@ -285,6 +347,7 @@ impl Worker {
         self.metrics
             .whole
             .observe(life.clock.arrived.elapsed().as_secs_f64());
+        self.metrics.answered(&finish);
         tracing::info!(
             request = life.request_id,
             model = self.config.id,
@@ -320,19 +383,21 @@ impl Worker {
 
     fn cancel(&mut self, id: SequenceId) {
         let Some(life) = self.release(id) else { return };
-        let phase = match (life.clock.started, life.clock.first_token) {
-            (None, _) => "waiting",
-            (Some(_), None) => "prefill",
-            (Some(_), Some(_)) => "decode",
-        };
-        self.metrics.cancelled(phase);
+        self.metrics.cancelled(life.phase());
         tracing::info!(
             request = life.request_id,
             model = self.config.id,
-            phase,
+            phase = life.phase(),
             completion_tokens = life.generated,
             "client left"
         );
+    }
+
+    fn abort(&mut self, id: SequenceId) {
+        if let Some(life) = self.lives.get(&id) {
+            self.metrics.cancelled(life.phase());
+            self.fail(id, EngineError::Cancelled);
+        }
     }
 
     /// Frees everything a request holds but its reader.
@@ -399,29 +464,91 @@ impl Worker {
 }
 
 impl Life {
-    /// Takes a sampled token in, and says whether it was the last.
-    fn advance(&mut self, token: u32, eos: &[u32]) -> Option<Finish> {
-        let mut deltas = Vec::new();
-        let ended = if eos.contains(&token) {
-            self.output.finish(&mut deltas);
-            Some((FinishReason::Stop, None))
-        } else {
-            match self.output.push(token, &mut deltas) {
-                Some(Ending::StopString(stop)) => Some((FinishReason::Stop, Some(stop))),
-                Some(Ending::OneCall) => Some((FinishReason::Stop, None)),
-                None if self.generated >= self.max_tokens => {
-                    self.output.finish(&mut deltas);
-                    Some((FinishReason::Length, None))
-                }
-                None => None,
-            }
+    /// What it is doing, for metrics.
+    fn phase(&self) -> &'static str {
+        match (self.clock.started, self.clock.first_token) {
+            (None, _) => "waiting",
+            (Some(_), None) => "prefill",
+            (Some(_), Some(_)) => "decode",
+        }
+    }
+
+    /// The score of each prompt token that follows one of `places`, each of which comes with its logits.
+    fn score_prompt<'a>(
+        &mut self,
+        tokens: &[u32],
+        places: impl Iterator<Item = (usize, &'a [f32])>,
+    ) -> Result<(), NotANumber> {
+        let Some(scores) = &mut self.prompt_scores else {
+            return Ok(());
         };
+        for (at, logits) in places {
+            if let Some(place) = scores.get_mut(at + 1) {
+                let top = self.sampler.top_count();
+                *place = Some(score(logits, tokens[at + 1], top)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// The next token.
+    fn choose(&mut self, logits: &mut [f32], metrics: &ModelMetrics) -> Result<u32, EngineError> {
+        let began = Instant::now();
+        let next = self.guide.next(&self.output)?;
+        if next.mask.is_some() {
+            metrics.mask.observe(began.elapsed().as_secs_f64());
+        }
+        let bounds = Bounds {
+            forced: next.forced,
+            mask: next.mask,
+            ends: &self.ends,
+        };
+        let choice = self.sampler.next(logits, bounds)?;
+        self.scored = choice.scored;
+        Ok(choice.token)
+    }
+
+    /// Takes a sampled token in, and says whether it was the last.
+    fn advance(&mut self, token: u32) -> Result<Option<Finish>, GrammarError> {
+        let mut deltas = Vec::new();
+        deltas.extend(self.scored.take().map(Delta::Scored));
+        let ended = self.ending(token, &mut deltas)?;
         for delta in deltas {
             self.sink.send(delta);
         }
-        let (reason, stop_string) = ended?;
+        Ok(ended.map(|(reason, stop_string)| self.finished(reason, stop_string)))
+    }
+
+    fn ending(
+        &mut self,
+        token: u32,
+        deltas: &mut Vec<Delta>,
+    ) -> Result<Option<(FinishReason, Option<String>)>, GrammarError> {
+        let reason = if self.ends.contains(&token) {
+            FinishReason::Stop
+        } else {
+            match self.output.push(token, deltas) {
+                Some(Ending::StopString(stop)) => {
+                    return Ok(Some((FinishReason::Stop, Some(stop))));
+                }
+                Some(Ending::OneCall) => return Ok(Some((FinishReason::Stop, None))),
+                None => {}
+            }
+            if self.guide.accept(token, &self.output)? {
+                FinishReason::Stop
+            } else if self.generated >= self.max_tokens {
+                FinishReason::Length
+            } else {
+                return Ok(None);
+            }
+        };
+        self.output.finish(deltas);
+        Ok(Some((reason, None)))
+    }
+
+    fn finished(&self, reason: FinishReason, stop_string: Option<String>) -> Finish {
         let called = reason == FinishReason::Stop && self.output.calls() > 0;
-        Some(Finish {
+        Finish {
             reason: if called {
                 FinishReason::ToolCalls
             } else {
@@ -429,13 +556,15 @@ impl Life {
             },
             stop_string,
             usage: Usage {
+                // Nothing is reused between requests.
+                prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: 0 }),
                 completion_tokens_details: Some(CompletionTokensDetails {
                     reasoning_tokens: self.output.reasoning_tokens(),
                 }),
                 ..Usage::new(self.prompt, self.generated)
             },
             timings: self.clock.timings(),
-        })
+        }
     }
 }
 

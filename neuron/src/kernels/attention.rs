@@ -17,7 +17,7 @@ pub(crate) fn attention(
 ) -> Vec<f32> {
     let rows = queries.len() / (heads * head_dim);
     let group = heads / cache.keys.len();
-    let past = cache.keys[0].len() / head_dim - rows;
+    let past = cache.len(head_dim) - rows;
     let scale = (head_dim as f32).sqrt().recip();
     let mut out = vec![0.0; queries.len()];
     out.par_chunks_exact_mut(head_dim)

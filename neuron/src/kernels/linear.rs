@@ -1,49 +1,101 @@
-//! `x · Wᵀ`. A few rows stream the weights once each through own code; many rows go to candle's blocked product, which
-//! packs the whole weight first and is dearer than that below a dozen rows.
+//! `x · Wᵀ` for weights in any format. A few rows stream the weights once; many rows meet a panel of weights at a time,
+//! widened to f32, in a blocked product.
 
-use super::{dot, with_f32};
+use super::with_f32;
+use crate::quant::{Matrix, Numbers, Q8Block};
 use candle_core::{Result, Tensor};
+use dot::{Portable, Weight};
 use rayon::prelude::*;
 
-/// Up to this many rows are multiplied here.
+mod dot;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx2;
+
+/// Up to this many rows are multiplied by streaming the weights.
 const FEW: usize = 12;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 16;
+/// Rows of weights that are widened together: with 2,048 inputs half a megabyte, which stays in the cache.
+const PANEL: usize = 64;
+/// Rows of x that meet a row of weights while it is in registers.
+const TILE: usize = 4;
 
-/// `x · Wᵀ` for x `(rows, in)` and W `(out, in)`, both contiguous f32: `(rows, out)`.
+/// `x · Wᵀ` for x `(rows, in)` and W `(out, in)`: `(rows, out)`.
 ///
 /// # Errors
-/// When shapes do not fit, or the tensors are not on the CPU in f32.
-pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+/// When shapes do not fit, or x is not on the CPU in f32.
+pub fn linear(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    let (out, weight_width) = weight.dims2()?;
-    if width != weight_width {
-        candle_core::bail!("a row of {width} numbers meets weights for {weight_width}");
-    }
-    if rows > FEW {
-        return x.matmul(&weight.t()?);
+    if width != weight.width() {
+        candle_core::bail!(
+            "a row of {width} numbers meets weights for {}",
+            weight.width()
+        );
     }
     let product = with_f32(x, |x| {
-        with_f32(weight, |weight| few_rows(x, weight, rows, width, out))
-    })??;
-    Tensor::from_vec(product, (rows, out), x.device())
+        if rows > FEW {
+            many_rows(x, rows, weight)
+        } else {
+            few_rows(x, rows, weight)
+        }
+    })?;
+    Tensor::from_vec(product, (rows, weight.rows()), x.device())
 }
 
-/// Each weight is read once and meets all rows while it is in the cache.
-fn few_rows(x: &[f32], weight: &[f32], rows: usize, width: usize, out: usize) -> Vec<f32> {
-    let mut product = vec![0.0; rows * out];
+/// Each row of weights is read once and meets all rows of x while it is in the cache.
+fn few_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
+    #[cfg(target_arch = "x86_64")]
+    if dot_avx2::is_supported() {
+        return stream::<dot_avx2::Avx2>(x, rows, weight);
+    }
+    stream::<Portable>(x, rows, weight)
+}
+
+fn stream<D>(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32>
+where
+    D: Dot<f32> + Dot<half::f16> + Dot<half::bf16> + Dot<Q8Block>,
+{
+    let width = weight.width();
+    match weight.numbers() {
+        Numbers::F32(all) => stream_as::<f32, D>(x, rows, all, width),
+        Numbers::F16(all) => stream_as::<half::f16, D>(x, rows, all, width),
+        Numbers::Bf16(all) => stream_as::<half::bf16, D>(x, rows, all, width),
+        Numbers::Q8_0(all) => stream_as::<Q8Block, D>(x, rows, all, width),
+    }
+}
+
+/// The products of a row of weights with up to [`TILE`] rows of x, on some kind of processor.
+trait Dot<W: Weight> {
+    /// `out[i] = weights · xs[i]`; all of one length.
+    fn rows(weights: &[W], xs: &[&[W::Input]], out: &mut [f32]);
+}
+
+fn stream_as<W: Weight, D: Dot<W>>(
+    x: &[f32],
+    rows: usize,
+    weights: &[W],
+    width: usize,
+) -> Vec<f32> {
+    let inputs: Vec<Vec<W::Input>> = x.chunks_exact(width.max(1)).map(W::inputs).collect();
+    let inputs: Vec<&[W::Input]> = inputs.iter().map(Vec::as_slice).collect();
+    let units = width / W::LEN;
+    let out = weights.len() / units.max(1);
     // (out, rows) first, as each thread owns rows of W; the transposition back is small
     let mut columns = vec![0.0; out * rows];
     let least = (PER_THREAD / (width * rows).max(1)).max(1);
     columns
         .par_chunks_exact_mut(rows.max(1))
+        .zip(weights.par_chunks_exact(units.max(1)))
         .with_min_len(least)
-        .zip(weight.par_chunks_exact(width))
         .for_each(|(column, weights)| {
-            for (number, row) in column.iter_mut().zip(x.chunks_exact(width)) {
-                *number = dot(row, weights);
+            for (out, xs) in column.chunks_mut(TILE).zip(inputs.chunks(TILE)) {
+                D::rows(weights, xs, out);
             }
         });
+    if rows == 1 {
+        return columns;
+    }
+    let mut product = vec![0.0; rows * out];
     for (o, column) in columns.chunks_exact(rows.max(1)).enumerate() {
         for (row, number) in column.iter().enumerate() {
             product[row * out + o] = *number;
@@ -52,45 +104,180 @@ fn few_rows(x: &[f32], weight: &[f32], rows: usize, width: usize, out: usize) ->
     product
 }
 
+/// Where a thread writes its columns of the product.
+#[derive(Clone, Copy)]
+struct Columns(*mut f32);
+
+// SAFETY: each thread writes other columns, see `many_rows`.
+#[allow(unsafe_code)]
+unsafe impl Send for Columns {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for Columns {}
+
+impl Columns {
+    /// The number `at` behind the first.
+    fn from(self, at: usize) -> *mut f32 {
+        self.0.wrapping_add(at)
+    }
+}
+
+/// A panel of weights is widened once and meets all rows of x.
+fn many_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
+    let (width, out) = (weight.width(), weight.rows());
+    let mut product = vec![0.0; rows * out];
+    let columns = Columns(product.as_mut_ptr());
+    (0..out.div_ceil(PANEL)).into_par_iter().for_each_init(
+        || vec![0.0; PANEL * width],
+        |widened, panel| {
+            let first = panel * PANEL;
+            let count = PANEL.min(out - first);
+            let panel: &[f32] = match weight.numbers() {
+                Numbers::F32(all) => &all[first * width..(first + count) * width],
+                _ => {
+                    for (row, out) in widened.chunks_exact_mut(width).take(count).enumerate() {
+                        weight.decode_row(first + row, out);
+                    }
+                    &widened[..count * width]
+                }
+            };
+            debug_assert!(x.len() == rows * width && panel.len() == count * width);
+            // product[r, first + c] = Σₖ x[r, k] · panel[c, k]
+            // SAFETY: x is (rows, width) and the panel (count, width), both contiguous, and live for the call; the
+            // product is (rows, out) and this thread alone writes its columns first..first + count.
+            #[allow(unsafe_code)]
+            unsafe {
+                gemm::gemm(
+                    rows,
+                    count,
+                    width,
+                    columns.from(first),
+                    1,
+                    out as isize,
+                    false, // what is there is not read
+                    x.as_ptr(),
+                    1,
+                    width as isize,
+                    panel.as_ptr(),
+                    width as isize,
+                    1,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
+        },
+    );
+    product
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::{max_diff, numbers};
     use super::*;
+    use crate::quant::Format;
     use candle_core::Device;
 
+    const SHAPES: [(usize, usize, usize); 8] = [
+        (1, 7, 5),
+        (1, 96, 70),
+        (2, 64, 33),
+        (3, 32, 1),
+        (7, 160, 9),
+        (12, 100, 17),
+        (13, 100, 17),
+        (40, 64, 131),
+    ];
+
+    fn matrix(format: Format, out: usize, width: usize) -> Matrix {
+        let values = numbers(2, out * width);
+        Matrix::from_rows(format, out, width, |row, numbers| {
+            numbers.copy_from_slice(&values[row * width..][..width]);
+        })
+        .expect("they fit")
+    }
+
+    /// In f64, with the numbers that the matrix holds.
+    fn reference(x: &[f32], weight: &Matrix) -> Vec<f64> {
+        let mut weights = vec![0.0; weight.width()];
+        let mut columns = Vec::new();
+        for row in 0..weight.rows() {
+            weight.decode_row(row, &mut weights);
+            columns.push(weights.clone());
+        }
+        let mut expected = Vec::new();
+        for row in x.chunks(weight.width()) {
+            expected.extend(columns.iter().map(|weights| {
+                let pairs = row.iter().zip(weights);
+                pairs
+                    .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                    .sum::<f64>()
+            }));
+        }
+        expected
+    }
+
     #[test]
-    fn few_and_many_rows_meet_the_reference() {
-        for (rows, width, out) in [
-            (1, 7, 5),
-            (2, 64, 33),
-            (12, 100, 17),
-            (13, 100, 17),
-            (40, 31, 9),
-        ] {
-            let (x, weight) = (numbers(1, rows * width), numbers(2, out * width));
-            let mut expected = Vec::new();
-            for row in x.chunks(width) {
-                for weights in weight.chunks(width) {
-                    expected.push(
-                        row.iter()
-                            .zip(weights)
-                            .map(|(x, w)| f64::from(*x) * f64::from(*w))
-                            .sum(),
+    fn few_and_many_rows_meet_the_reference_in_every_format() {
+        for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0] {
+            for (rows, width, out) in SHAPES {
+                if format == Format::Q8_0 && width % 32 != 0 {
+                    continue;
+                }
+                let weight = matrix(format, out, width);
+                let x = numbers(1, rows * width);
+                let expected = reference(&x, &weight);
+                // a few rows of x are rounded to 8 bits before they meet weights of 8 bits
+                let bound = if format == Format::Q8_0 && rows <= FEW {
+                    0.02 * (width as f64).sqrt()
+                } else {
+                    2e-5
+                };
+                let paths: [(&str, Vec<f32>); 2] = [
+                    (
+                        "portable",
+                        if rows > FEW {
+                            many_rows(&x, rows, &weight)
+                        } else {
+                            stream::<Portable>(&x, rows, &weight)
+                        },
+                    ),
+                    ("dispatched", {
+                        let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("fits");
+                        let product = linear(&x, &weight).expect("fits");
+                        with_f32(&product, <[f32]>::to_vec).expect("on the CPU")
+                    }),
+                ];
+                for (path, found) in &paths {
+                    let diff = max_diff(found, &expected);
+                    assert!(
+                        diff < bound,
+                        "{path} {format}, {rows} x {width} x {out}: {diff}"
                     );
                 }
             }
-            let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("a tensor");
-            let weight = Tensor::from_vec(weight, (out, width), &Device::Cpu).expect("a tensor");
-            let found: Vec<f32> = linear(&x, &weight)
-                .expect("fits")
-                .flatten_all()
-                .expect("flat")
-                .to_vec1()
-                .expect("numbers");
-            assert!(
-                max_diff(&found, &expected) < 1e-5,
-                "{rows} x {width} x {out}"
-            );
         }
+    }
+
+    #[test]
+    fn every_processor_gives_the_same_numbers_for_eight_bits() {
+        // 8-bit products are whole numbers: only the order in which blocks are summed may differ
+        let (rows, width, out) = (5, 224, 9);
+        let weight = matrix(Format::Q8_0, out, width);
+        let x = numbers(3, rows * width);
+        let portable: Vec<f64> = stream::<Portable>(&x, rows, &weight)
+            .into_iter()
+            .map(f64::from)
+            .collect();
+        assert!(max_diff(&few_rows(&x, rows, &weight), &portable) < 1e-5);
+    }
+
+    #[test]
+    fn a_row_of_another_width_is_refused() {
+        let x = Tensor::zeros((1, 5), candle_core::DType::F32, &Device::Cpu).expect("fits");
+        assert!(linear(&x, &matrix(Format::F32, 3, 4)).is_err());
     }
 }

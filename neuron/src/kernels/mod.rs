@@ -49,6 +49,20 @@ pub fn silu(x: f32) -> f32 {
     x * sigmoid(x)
 }
 
+/// `silu(gate) ∘ up`, for tensors of one shape.
+///
+/// # Errors
+/// When they are not on the CPU in f32.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let gated = with_f32(gate, |gate| {
+        with_f32(up, |up| {
+            let pairs = gate.iter().zip(up);
+            pairs.map(|(gate, up)| silu(*gate) * up).collect::<Vec<_>>()
+        })
+    })??;
+    Tensor::from_vec(gated, gate.shape(), gate.device())
+}
+
 /// The sum of products. Sixteen sums run side by side, so that the compiler may use vectors.
 #[inline]
 #[must_use]

@@ -88,4 +88,9 @@ impl KvCache {
             values: vec![Vec::new(); heads],
         }
     }
+
+    /// Tokens whose keys and values are in it, for heads of `head_dim`.
+    pub(crate) fn len(&self, head_dim: usize) -> usize {
+        self.keys[0].len() / head_dim
+    }
 }

@@ -10,6 +10,7 @@ pub use batch::{Batch, LogitRows, Segment};
 
 use crate::memory::SequenceState;
 use crate::parallel::{Communicator, Solo};
+use crate::quant::Format;
 use crate::weights::{Fault, Weights};
 use candle_core::{Device, Tensor};
 use qwen3_5::Qwen3_5ForCausalLm;
@@ -51,10 +52,11 @@ pub trait CausalLm: Send {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-    ) -> Result<Tensor, ModelError>;
+    ) -> Result<Tensor, ModelError> {
+        self.forward_probed(batch, states, &mut |_, _| {})
+    }
 
-    /// As [`CausalLm::forward`], showing `probe` what passes by: under 0 the embeddings, under `i` the rows after layer
-    /// `i - 1`, and last the input of the head.
+    /// As [`CausalLm::forward`], showing `probe` what passes by.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -62,11 +64,35 @@ pub trait CausalLm: Send {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(usize, &Tensor),
-    ) -> Result<Tensor, ModelError> {
-        let _ = probe; // a model without layers has nothing to show
-        self.forward(batch, states)
+        probe: &mut dyn FnMut(Seen, &Tensor),
+    ) -> Result<Tensor, ModelError>;
+
+    /// Logits of the tokens after next, by a layer of their own, where the model has one and it was loaded: the rows of
+    /// `batch` are the tokens i + 1 and `hidden`, (t, hidden), what the head saw at the tokens i ([`Seen::HeadInput`]).
+    /// A sequence's rows must come in order and without gaps, as those of [`CausalLm::forward`].
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn draft(
+        &self,
+        batch: &Batch,
+        hidden: &Tensor,
+        states: &mut [&mut SequenceState],
+    ) -> Option<Result<Tensor, ModelError>> {
+        let _ = (batch, hidden, states);
+        None
     }
+}
+
+/// What a probe is shown in a forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Seen {
+    /// The residual stream: 0 the embeddings, `i` after layer `i - 1`; (t, hidden).
+    Hidden(usize),
+    /// The router's logits in this layer: (t, experts).
+    Router(usize),
+    /// The last rows after the final norm, those that need logits: (rows, hidden).
+    HeadInput,
 }
 
 /// How to load a model.
@@ -76,6 +102,23 @@ pub struct LoadOptions {
     pub device: Device,
     /// Upper bound on the sequence length, below the model's own.
     pub context_length: Option<usize>,
+    /// Whether to load the layer that drafts tokens, where there is one.
+    pub drafts: bool,
+    /// The number format weight matrices are held in, see [`format_of`](crate::quant::format_of); that of the files when absent.
+    pub quant: Option<Format>,
+}
+
+impl LoadOptions {
+    /// A model on the CPU as its files describe it, for serving.
+    #[must_use]
+    pub fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            context_length: None,
+            drafts: false,
+            quant: None,
+        }
+    }
 }
 
 /// Loads the model in `folder` (Hugging Face layout). `progress` is told the share of bytes read, 0 to 1.
@@ -108,11 +151,17 @@ pub fn load_rank(
         });
     }
     let config = Config::read(folder, options.context_length)?;
-    let weights = Weights::open(folder, &options.device, communicator, progress)?;
-    Ok(Box::new(Qwen3_5ForCausalLm::load(
-        config,
-        &weights,
+    let heads = config.grouped_heads();
+    let weights = Weights::open(
+        folder,
+        heads,
         &options.device,
+        options.quant,
+        communicator,
+        progress,
+    )?;
+    Ok(Box::new(Qwen3_5ForCausalLm::load(
+        config, &weights, options,
     )?))
 }
 
@@ -183,7 +232,7 @@ pub enum LoadError {
         what: String,
     },
     /// Tensors are missing or not as the configuration says.
-    #[error("{}: {}", folder.display(), faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error("{}: {}", folder.display(), list(faults))]
     Tensors {
         /// The folder.
         folder: PathBuf,
@@ -193,6 +242,16 @@ pub enum LoadError {
     /// The device has no room, or refused an operation.
     #[error("device fault while loading: {0}")]
     Device(#[from] candle_core::Error),
+}
+
+/// Faults in one line; a checkpoint of another model has thousands, of which the first tell enough.
+fn list(faults: &[Fault]) -> String {
+    const SHOWN: usize = 20;
+    let mut shown: Vec<String> = faults.iter().take(SHOWN).map(Fault::to_string).collect();
+    if faults.len() > SHOWN {
+        shown.push(format!("and {} more", faults.len() - SHOWN));
+    }
+    shown.join("; ")
 }
 
 impl LoadError {

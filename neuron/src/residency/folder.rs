@@ -1,7 +1,9 @@
 //! The small files of a model folder: what is needed beside the weights to serve it.
 
+use crate::text::grammar::Grammars;
 use crate::text::template::{ChatTemplate, TemplateError};
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
+use crate::text::tools::ToolForm;
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,10 @@ pub struct ModelText {
     pub tokenizer: Arc<Tokenizer>,
     /// Messages to text.
     pub template: ChatTemplate,
+    /// How the model writes calls, which its template shows.
+    pub tool_form: ToolForm,
+    /// What answers can be held to.
+    pub grammars: Grammars,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
     /// What a request gets that does not say how to sample.
@@ -31,6 +37,8 @@ pub struct SamplingDefaults {
     pub top_k: i64,
     /// Zero keeps all.
     pub min_p: f64,
+    /// One changes nothing.
+    pub repetition_penalty: f64,
 }
 
 /// A model folder that cannot be served: names the file and says what to change.
@@ -90,6 +98,8 @@ struct GenerationConfig {
     top_k: Option<i64>,
     #[serde(default)]
     min_p: Option<f64>,
+    #[serde(default)]
+    repetition_penalty: Option<f64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -124,7 +134,9 @@ impl ModelText {
             });
         }
         let tokenizer = Arc::new(Tokenizer::load(&tokenizer_file)?);
-        let template = read_template(folder)?;
+        let source = read_template(folder)?;
+        let tool_form = ToolForm::of_template(&source.text);
+        let template = source.compile(folder)?;
         let generation: GenerationConfig =
             read_json(&folder.join("generation_config.json"))?.unwrap_or_default();
         // Greedy is temperature zero here; transformers spells it `do_sample: false`.
@@ -140,14 +152,17 @@ impl ModelText {
             return Err(FolderError::NoEos(folder.into()));
         }
         Ok(Self {
+            grammars: Grammars::new(tokenizer.clone(), eos.clone()),
             tokenizer,
             template,
+            tool_form,
             eos,
             sampling: SamplingDefaults {
                 temperature,
                 top_p: generation.top_p.unwrap_or(1.0),
                 top_k: generation.top_k.unwrap_or(0),
                 min_p: generation.min_p.unwrap_or(0.0),
+                repetition_penalty: generation.repetition_penalty.unwrap_or(1.0),
             },
         })
     }
@@ -177,7 +192,25 @@ fn eos_of_config(config: &Value) -> Vec<u32> {
         .collect()
 }
 
-fn read_template(folder: &Path) -> Result<ChatTemplate, FolderError> {
+/// A chat template as written, with the tokens it may name.
+struct TemplateSource {
+    text: String,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+impl TemplateSource {
+    fn compile(self, folder: &Path) -> Result<ChatTemplate, FolderError> {
+        ChatTemplate::compile(self.text, self.bos_token, self.eos_token).map_err(|source| {
+            FolderError::Template {
+                folder: folder.into(),
+                source,
+            }
+        })
+    }
+}
+
+fn read_template(folder: &Path) -> Result<TemplateSource, FolderError> {
     let config: Value = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
     let path = folder.join("chat_template.jinja");
     let source = match std::fs::read_to_string(&path) {
@@ -192,7 +225,7 @@ fn read_template(folder: &Path) -> Result<ChatTemplate, FolderError> {
             });
         }
     };
-    let source = source.ok_or_else(|| FolderError::Missing {
+    let text = source.ok_or_else(|| FolderError::Missing {
         folder: folder.into(),
         file: "chat_template.jinja",
         remedy: "and tokenizer_config.json has no chat_template; fetch the one of the model",
@@ -201,11 +234,10 @@ fn read_template(folder: &Path) -> Result<ChatTemplate, FolderError> {
         Value::String(token) => Some(token.clone()),
         token => token["content"].as_str().map(str::to_owned),
     };
-    ChatTemplate::compile(source, token("bos_token"), token("eos_token")).map_err(|source| {
-        FolderError::Template {
-            folder: folder.into(),
-            source,
-        }
+    Ok(TemplateSource {
+        text,
+        bos_token: token("bos_token"),
+        eos_token: token("eos_token"),
     })
 }
 

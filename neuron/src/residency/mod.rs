@@ -204,7 +204,8 @@ impl Residency {
                 Phase::Loading | Phase::Loaded(_) => {
                     let same_length = wanted.context_length.is_none()
                         || wanted.context_length == entry.wanted.context_length;
-                    if wanted.source == entry.wanted.source && same_length {
+                    let same_format = wanted.quant.is_none() || wanted.quant == entry.wanted.quant;
+                    if wanted.source == entry.wanted.source && same_length && same_format {
                         return Ok(entry.status());
                     }
                     return Err(LoadRefused::Conflict {
@@ -366,13 +367,15 @@ impl Shared {
     fn read(&self, wanted: &LoadModel, progress: &AtomicU32) -> Result<ServedModel, LoadFailed> {
         let folder = hub::resolve(&wanted.source, &self.hub)?;
         let device = devices::default_device();
-        preflight::check(&folder, devices::free_bytes(&device))?;
+        preflight::check(&folder, wanted.quant, devices::free_bytes(&device))?;
         let text = ModelText::load(&folder)?;
         let options = LoadOptions {
             device: device.clone(),
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
+            drafts: false,
+            quant: wanted.quant,
         };
         let model = (self.loader)(&folder, &options, &|share| {
             progress.store(share.to_bits(), Ordering::Relaxed);
@@ -386,7 +389,6 @@ impl Shared {
         let weight_bytes = model.weight_bytes();
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
-            eos: text.eos.clone(),
             vocab: text.tokenizer.vocab_size(),
             admission: AdmissionLimits {
                 max_waiting: self.limits.max_waiting,

@@ -1,6 +1,7 @@
 //! Refuses a load early, before minutes are spent on it.
 
 use super::folder::{FolderError, read_config, read_json};
+use crate::quant::{self, Format};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -63,11 +64,15 @@ fn show(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
-/// Checks that the weights of `folder` are there and fit into `free` bytes.
+/// Checks that the weights of `folder` are there and fit into `free` bytes, held in the format `quant`.
 ///
 /// # Errors
 /// The first reason why a load would fail.
-pub fn check(folder: &Path, free: Option<u64>) -> Result<(), PreflightError> {
+pub fn check(
+    folder: &Path,
+    quant: Option<Format>,
+    free: Option<u64>,
+) -> Result<(), PreflightError> {
     let config = read_config(folder)?;
     let mut bytes = 0;
     for file in weight_files(folder)? {
@@ -78,7 +83,10 @@ pub fn check(folder: &Path, free: Option<u64>) -> Result<(), PreflightError> {
             })?;
         bytes += size.len();
     }
-    let need = bytes * widening(&config);
+    let need = match quant {
+        Some(format) => (bytes as f64 * size(format) / size(stored(&config))) as u64,
+        None => bytes,
+    };
     match free {
         Some(free) if need > free => Err(PreflightError::NoRoom {
             folder: folder.into(),
@@ -138,8 +146,14 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>, FolderError> {
     Ok(files)
 }
 
-/// How much larger weights are in memory than in their files: the CPU computes in f32.
-fn widening(config: &Value) -> u64 {
+/// Bytes of a number, on average.
+fn size(format: Format) -> f64 {
+    const MANY: usize = 1 << 10;
+    quant::bytes(format, MANY) as f64 / MANY as f64
+}
+
+/// The format most of the weights are stored in.
+fn stored(config: &Value) -> Format {
     let named = |config: &Value| {
         let name = config.get("dtype").or(config.get("torch_dtype"))?;
         name.as_str().map(str::to_owned)
@@ -148,8 +162,9 @@ fn widening(config: &Value) -> u64 {
         .or_else(|| named(&config["text_config"]))
         .as_deref()
     {
-        Some("bfloat16" | "float16") => 2,
-        _ => 1,
+        Some("bfloat16") => Format::Bf16,
+        Some("float16") => Format::F16,
+        _ => Format::F32,
     }
 }
 
@@ -160,11 +175,14 @@ mod tests {
 
     #[test]
     fn the_fixtures_pass_and_too_little_memory_does_not() {
-        check(&fixture(), None).unwrap();
-        check(&fixture().with_file_name("qwen3_5_vl_tied"), Some(1 << 30)).unwrap();
-        let error = check(&fixture(), Some(1000)).unwrap_err();
+        check(&fixture(), None, None).unwrap();
+        let released = fixture().with_file_name("qwen3_5_vl_tied");
+        check(&released, None, Some(1 << 30)).unwrap();
+        let error = check(&fixture(), None, Some(1000)).unwrap_err();
         assert!(matches!(error, PreflightError::NoRoom { .. }), "{error}");
         assert!(error.to_string().contains("1.4 MiB"), "{error}");
+        let error = check(&fixture(), Some(Format::Q8_0), Some(1000)).unwrap_err();
+        assert!(error.to_string().contains("376.2 KiB"), "{error}");
     }
 
     #[test]
@@ -173,7 +191,7 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();
         let index = "{\"weight_map\": {\"a\": \"one.safetensors\", \"b\": \"one.safetensors\"}}";
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        let error = check(folder.path(), None).unwrap_err();
+        let error = check(folder.path(), None, None).unwrap_err();
         assert!(
             matches!(&error, PreflightError::NoWeights { file, .. } if file == "one.safetensors"),
             "{error}"

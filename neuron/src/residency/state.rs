@@ -7,6 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// What every model that is served here can do.
+const CAPABILITIES: [&str; 6] = [
+    "chat",
+    "completions",
+    "tools",
+    "thinking",
+    "structured_output",
+    "logprobs",
+];
+
 /// What the table holds of one model.
 pub(super) struct Entry {
     /// Tells this load from an earlier or later one of the same id.
@@ -66,6 +76,7 @@ impl Entry {
             devices: Vec::new(),
             memory_bytes: 0,
             context_length: self.wanted.context_length.unwrap_or(0),
+            capabilities: CAPABILITIES.map(String::from).into(),
             in_flight: 0,
             since: self.since,
         };

@@ -41,6 +41,7 @@ fn wanted(id: &str, source: &str) -> LoadModel {
         id: id.into(),
         source: source.into(),
         context_length: None,
+        quant: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Between text and tokens: prompt in (template, tokenizer), answer out (decode, stop, reasoning, tools).
 
+pub mod grammar;
 pub mod output;
 pub mod reasoning;
 pub mod stop;

@@ -3,13 +3,17 @@
 use super::reasoning::{self, ThinkTags};
 use super::stop::{StopStrings, Stopped};
 use super::tokenizer::{Detokenizer, Tokenizer};
-use super::tools::{self, QwenXml};
+use super::tools::{self, ToolCalls, ToolForm};
 use protocol::chat::Tool;
 use std::sync::Arc;
 
 /// A piece of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Delta {
+    /// The scores of the prompt's tokens; before everything else. The first has none: nothing precedes it.
+    Prompt(Vec<Option<Scored>>),
+    /// A token of the answer with its score; before what it adds to the text.
+    Scored(Scored),
     /// More of the answer.
     Content(String),
     /// More of the thinking.
@@ -23,6 +27,17 @@ pub enum Delta {
         /// A JSON object.
         arguments: String,
     },
+}
+
+/// A token with its log probability as the model computed it: before temperature, penalties, bias and grammar.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// Which.
+    pub token: u32,
+    /// Its log probability.
+    pub logprob: f32,
+    /// The likeliest tokens at its place, likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// The text itself asks for the end of the answer.
@@ -42,7 +57,9 @@ pub struct OutputOptions {
     /// Tell thinking apart; true inside: the prompt has opened the block.
     pub thinking: Option<bool>,
     /// Tell calls of these tools apart.
-    pub tools: Option<Arc<[Tool]>>,
+    pub tools: Option<(ToolForm, Arc<[Tool]>)>,
+    /// No stop string ends the answer before it has so many tokens.
+    pub min_tokens: u64,
     /// End the answer after its first call.
     pub one_call: bool,
 }
@@ -53,9 +70,11 @@ pub struct Output {
     decode: Detokenizer,
     stop: StopStrings,
     reasoning: Option<ThinkTags>,
-    tools: Option<QwenXml>,
+    tools: Option<ToolCalls>,
     one_call: bool,
     calls: u32,
+    /// Tokens to come before stop strings are looked for.
+    unstoppable: u64,
     reasoning_tokens: u64,
 }
 
@@ -66,8 +85,14 @@ impl Output {
         Self {
             decode: Detokenizer::new(tokenizer),
             stop: StopStrings::new(options.stop),
-            reasoning: options.thinking.map(ThinkTags::new),
-            tools: options.tools.map(QwenXml::new),
+            reasoning: options.thinking.map(|open| {
+                let marker = options.tools.as_ref().map(|_| tools::OPEN);
+                ThinkTags::new(open, marker)
+            }),
+            tools: options
+                .tools
+                .map(|(form, tools)| ToolCalls::new(form, tools)),
+            unstoppable: options.min_tokens,
             one_call: options.one_call,
             calls: 0,
             reasoning_tokens: 0,
@@ -80,7 +105,13 @@ impl Output {
         let mut decoded = String::new();
         self.decode.push(id, &mut decoded);
         let mut text = String::new();
-        let stopped = self.stop.push(&decoded, &mut text);
+        let stopped = if self.unstoppable > 0 {
+            self.unstoppable -= 1;
+            text = decoded;
+            Stopped::No
+        } else {
+            self.stop.push(&decoded, &mut text)
+        };
         self.emit(&text, false, out);
         if was_inside || self.is_thinking() {
             self.reasoning_tokens += 1;
@@ -118,8 +149,16 @@ impl Output {
         self.reasoning_tokens
     }
 
-    fn is_thinking(&self) -> bool {
+    /// Whether the text so far ends inside the thinking block.
+    #[must_use]
+    pub fn is_thinking(&self) -> bool {
         self.reasoning.as_ref().is_some_and(ThinkTags::is_inside)
+    }
+
+    /// Whether the text so far ends inside a call.
+    #[must_use]
+    pub fn is_inside_call(&self) -> bool {
+        self.tools.as_ref().is_some_and(ToolCalls::is_inside)
     }
 
     /// Reasoning, then tools. `last`: no more text will come.
@@ -139,12 +178,30 @@ impl Output {
             match piece {
                 reasoning::Piece::Reasoning(text) => out.push(Delta::Reasoning(text)),
                 reasoning::Piece::Content(text) => self.emit_content(&text, out),
+                reasoning::Piece::Unclosed(text) => self.emit_unclosed(text, out),
             }
         }
         if last && let Some(machine) = &mut self.tools {
             let mut pieces = Vec::new();
             machine.finish(&mut pieces);
             self.emit_pieces(pieces, out);
+        }
+    }
+
+    /// A thought that ends in a call and was never closed was no thought any more; without a call in it, it is one.
+    fn emit_unclosed(&mut self, text: String, out: &mut Vec<Delta>) {
+        let mut pieces = Vec::new();
+        if let Some(machine) = &mut self.tools {
+            machine.push(&text, &mut pieces);
+            machine.finish(&mut pieces);
+        }
+        if pieces
+            .iter()
+            .any(|piece| matches!(piece, tools::Piece::Call(_)))
+        {
+            self.emit_pieces(pieces, out);
+        } else {
+            out.push(Delta::Reasoning(text));
         }
     }
 
@@ -203,15 +260,17 @@ mod tests {
                 Delta::Reasoning(text) => reasoning.push_str(text),
                 Delta::Content(text) => content.push_str(text),
                 Delta::ToolCall { arguments, .. } => calls.push(arguments.as_str()),
+                Delta::Prompt(_) | Delta::Scored(_) => unreachable!("scores are the engine's"),
             }
         }
         (reasoning, content, calls)
     }
 
-    fn tools() -> Option<Arc<[Tool]>> {
+    fn tools() -> Option<(ToolForm, Arc<[Tool]>)> {
         let tools = json!([{"type": "function", "function": {"name": "now", "parameters": {
             "properties": {"zone": {"type": "integer"}}}}}]);
-        Some(serde_json::from_value::<Vec<Tool>>(tools).unwrap().into())
+        let tools = serde_json::from_value::<Vec<Tool>>(tools).unwrap();
+        Some((ToolForm::QwenXml, tools.into()))
     }
 
     const CALL: &str =
@@ -249,6 +308,44 @@ mod tests {
         );
         assert_eq!(ending, Some(Ending::StopString("wo th".into())));
         assert_eq!(join(&deltas).1, "one t");
+    }
+
+    #[test]
+    fn a_call_inside_thinking_is_a_call_only_where_the_thinking_was_never_closed() {
+        let options = || OutputOptions {
+            thinking: Some(true),
+            tools: tools(),
+            ..OutputOptions::default()
+        };
+        let (deltas, ..) = run(&format!("hm\n{CALL}"), options());
+        assert_eq!(
+            join(&deltas),
+            ("hm".into(), String::new(), vec!["{\"zone\":2}"])
+        );
+        let (deltas, ..) = run(&format!("hm\n{CALL}\n</think>\n\nDone."), options());
+        assert_eq!(
+            join(&deltas),
+            (format!("hm\n{CALL}"), "Done.".into(), vec![])
+        );
+        let (deltas, ..) = run("hm, <tool_call> opens one", options());
+        assert_eq!(
+            join(&deltas),
+            ("hm, <tool_call> opens one".into(), String::new(), vec![])
+        );
+    }
+
+    #[test]
+    fn stop_strings_wait_for_the_least_length() {
+        let (deltas, ending, _) = run(
+            "a b a b",
+            OutputOptions {
+                stop: vec!["b".into()],
+                min_tokens: tiny().encode("a b").unwrap().len() as u64,
+                ..OutputOptions::default()
+            },
+        );
+        assert_eq!(ending, Some(Ending::StopString("b".into())));
+        assert_eq!(join(&deltas).1, "a b a ");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Text to token ids, and token ids back to text as they come.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokenizers::DecoderWrapper;
@@ -12,6 +13,8 @@ pub struct Tokenizer {
     bytes: Vec<u8>,
     /// Where the bytes of each id end.
     ends: Vec<usize>,
+    /// The special tokens by id, as they are spelt.
+    special: BTreeMap<u32, String>,
 }
 
 /// A tokenizer that cannot be used, or text it cannot read.
@@ -75,7 +78,14 @@ impl Tokenizer {
             }
             ends.push(bytes.len());
         }
-        Ok(Self { inner, bytes, ends })
+        let special = added.into_iter().filter(|(_, token)| token.special);
+        let special = special.map(|(id, token)| (id, token.content)).collect();
+        Ok(Self {
+            inner,
+            bytes,
+            ends,
+            special,
+        })
     }
 
     /// The ids of `text`. Text that spells an added token becomes that token.
@@ -102,7 +112,32 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    fn bytes_of(&self, id: u32) -> &[u8] {
+    /// How a special token is spelt; none for all others.
+    #[must_use]
+    pub fn special(&self, id: u32) -> Option<&str> {
+        self.special.get(&id).map(String::as_str)
+    }
+
+    /// What `id` stands for where special tokens are to be seen.
+    #[must_use]
+    pub fn spelling(&self, id: u32) -> &[u8] {
+        self.special(id)
+            .map_or_else(|| self.bytes_of(id), str::as_bytes)
+    }
+
+    /// The text of `ids`, special tokens spelt out; bytes that are no UTF-8 become U+FFFD.
+    #[must_use]
+    pub fn spell(&self, ids: &[u32]) -> String {
+        let bytes: Vec<u8> = ids
+            .iter()
+            .flat_map(|&id| self.spelling(id))
+            .copied()
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// What `id` decodes to; nothing for special tokens.
+    pub(super) fn bytes_of(&self, id: u32) -> &[u8] {
         let id = id as usize;
         let Some(&end) = self.ends.get(id) else {
             return &[];

@@ -1,10 +1,11 @@
 //! Safetensors files, mapped into memory and read a tensor at a time.
 
-use super::{Cut, Fault};
+use super::Fault;
+use super::names::{GroupedHeads, canonical};
 use crate::model::LoadError;
+use crate::quant::Format;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
@@ -18,12 +19,67 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Where a tensor lies.
-struct Entry {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Its bytes in the file.
-    bytes: Range<usize>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) file: usize,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Its bytes in the file, in order: one range, or several where the file has its rows in another order.
+    pub(super) bytes: Vec<Range<usize>>,
+}
+
+impl Entry {
+    /// Numbers in it.
+    fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes of one number.
+    fn size(&self) -> usize {
+        self.byte_count() / self.count().max(1)
+    }
+
+    fn byte_count(&self) -> usize {
+        self.bytes.iter().map(Range::len).sum()
+    }
+
+    /// The bytes of the numbers in `run`, in order.
+    fn locate(&self, run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let size = self.size();
+        let (start, end) = (run.start * size, run.end * size);
+        let mut before = 0;
+        self.bytes.iter().filter_map(move |piece| {
+            let own = before..before + piece.len();
+            before = own.end;
+            let (from, to) = (start.max(own.start), end.min(own.end));
+            (from < to).then(|| piece.start + from - own.start..piece.start + to - own.start)
+        })
+    }
+
+    /// A tensor made of the given ranges of this one's first dimension, in that order.
+    pub(super) fn rows(&self, ranges: &[Range<usize>]) -> Self {
+        let width: usize = self.shape[1..].iter().product();
+        let mut shape = self.shape.clone();
+        shape[0] = ranges.iter().map(Range::len).sum();
+        let bytes = ranges
+            .iter()
+            .flat_map(|range| self.locate(range.start * width..range.end * width))
+            .collect();
+        Self {
+            file: self.file,
+            dtype: self.dtype,
+            shape,
+            bytes,
+        }
+    }
+
+    /// The part `index` of a stack of tensors.
+    pub(super) fn part(&self, index: usize) -> Self {
+        let one = index..index + 1;
+        let mut part = self.rows(std::slice::from_ref(&one));
+        part.shape.remove(0);
+        part
+    }
 }
 
 /// The files of a checkpoint and what is in them.
@@ -39,7 +95,8 @@ struct Index {
 }
 
 impl Checkpoint {
-    pub(super) fn open(folder: &Path) -> Result<Self, LoadError> {
+    /// Opens the files in `folder` and gives each tensor the name and the shape a model asks for, see [`canonical`].
+    pub(super) fn open(folder: &Path, heads: GroupedHeads) -> Result<Self, LoadError> {
         let mut checkpoint = Self {
             folder: folder.to_path_buf(),
             files: Vec::new(),
@@ -60,6 +117,7 @@ impl Checkpoint {
         for name in names {
             checkpoint.add(name)?;
         }
+        checkpoint.entries = canonical(checkpoint.entries, heads);
         Ok(checkpoint)
     }
 
@@ -78,7 +136,8 @@ impl Checkpoint {
                 file: self.files.len(),
                 dtype: info.dtype,
                 shape: info.shape.clone(),
-                bytes: start + info.data_offsets.0..start + info.data_offsets.1,
+                bytes: std::iter::once(start + info.data_offsets.0..start + info.data_offsets.1)
+                    .collect(),
             };
             self.entries.insert(tensor, entry);
         }
@@ -98,7 +157,7 @@ impl Checkpoint {
     pub(super) fn bytes(&self) -> u64 {
         self.entries
             .values()
-            .map(|entry| entry.bytes.len() as u64)
+            .map(|entry| entry.byte_count() as u64)
             .sum()
     }
 
@@ -106,14 +165,8 @@ impl Checkpoint {
         self.entries.get(name).map(|entry| &entry.shape[..])
     }
 
-    /// The numbers of a tensor as f32, or of the ranges `cut` along one of its first two dimensions; and how many
-    /// bytes of the file they are.
-    pub(super) fn read(
-        &self,
-        name: &str,
-        shape: &[usize],
-        part: Option<(usize, &[Range<usize>])>,
-    ) -> Result<(Vec<f32>, u64), Fault> {
+    /// The tensor `name`, which must have `shape` and numbers of a kind that is read.
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Source<'_>, Fault> {
         let Some(entry) = self.entries.get(name) else {
             return Err(Fault::Missing {
                 name: name.into(),
@@ -129,15 +182,10 @@ impl Checkpoint {
                 needed: shape.to_vec(),
             });
         }
-        let bytes = &mapped[entry.bytes.clone()];
-        let numbers = match entry.dtype {
-            Dtype::F32 => gather(bytes, shape, part, |b: [u8; 4]| f32::from_le_bytes(b)),
-            Dtype::F16 => gather(bytes, shape, part, |b: [u8; 2]| {
-                f16::from_le_bytes(b).to_f32()
-            }),
-            Dtype::BF16 => gather(bytes, shape, part, |b: [u8; 2]| {
-                bf16::from_le_bytes(b).to_f32()
-            }),
+        let format = match entry.dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
             other => {
                 return Err(Fault::Format {
                     file: file.clone(),
@@ -146,60 +194,47 @@ impl Checkpoint {
                 });
             }
         };
-        let size = entry.bytes.len() / shape.iter().product::<usize>().max(1);
-        let read = (numbers.len() * size) as u64;
-        Ok((numbers, read))
-    }
-}
-
-/// The numbers that `part` names, in order.
-fn gather<const N: usize>(
-    bytes: &[u8],
-    shape: &[usize],
-    part: Option<(usize, &[Range<usize>])>,
-    convert: impl Fn([u8; N]) -> f32 + Sync,
-) -> Vec<f32> {
-    let runs = match part {
-        None => std::iter::once(0..shape.iter().product()).collect(),
-        Some((dim, cut)) => runs(shape, dim, cut),
-    };
-    let mut numbers = vec![0.0; runs.iter().map(Range::len).sum()];
-    let mut rest = &mut numbers[..];
-    for run in runs {
-        let (own, after) = rest.split_at_mut(run.len());
-        let source = &bytes[run.start * N..run.end * N];
-        own.par_iter_mut()
-            .with_min_len(1 << 16)
-            .zip(source.par_chunks_exact(N))
-            .for_each(|(number, bytes)| {
-                *number = convert(bytes.try_into().expect("chunks of N bytes"));
-            });
-        rest = after;
-    }
-    numbers
-}
-
-/// The contiguous runs of elements that a cut along `dim` leaves.
-fn runs(shape: &[usize], dim: usize, cut: &[Range<usize>]) -> Cut {
-    let inner: usize = shape[dim + 1..].iter().product();
-    let outer: usize = shape[..dim].iter().product();
-    (0..outer)
-        .flat_map(|row| {
-            let start = row * shape[dim] * inner;
-            cut.iter()
-                .map(move |range| start + range.start * inner..start + range.end * inner)
+        Ok(Source {
+            format,
+            entry,
+            mapped,
         })
-        .collect()
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A tensor in a file.
+pub(super) struct Source<'a> {
+    /// How the file has its numbers.
+    pub(super) format: Format,
+    entry: &'a Entry,
+    mapped: &'a [u8],
+}
 
-    #[test]
-    fn a_cut_takes_the_named_ranges_in_order() {
-        assert_eq!(runs(&[4, 3], 0, &[1..2, 3..4]), [3..6, 9..12]);
-        assert_eq!(runs(&[2, 6], 1, &[0..1, 4..6]), [0..1, 4..6, 6..7, 10..12]);
-        assert_eq!(runs(&[3, 1, 4], 0, &[0..1, 2..3]), [0..4, 8..12]);
+impl Source<'_> {
+    /// Bytes in the file of `count` of its numbers.
+    pub(super) fn bytes(&self, count: usize) -> u64 {
+        (count * self.entry.size()) as u64
+    }
+
+    /// The numbers of `run`, counted through the whole tensor, as f32; `out` is as long.
+    pub(super) fn decode(&self, run: Range<usize>, mut out: &mut [f32]) {
+        let size = self.entry.size();
+        for bytes in self.entry.locate(run) {
+            let (own, rest) = out.split_at_mut(bytes.len() / size);
+            let bytes = &self.mapped[bytes];
+            match self.format {
+                Format::F32 => convert(bytes, own, f32::from_le_bytes),
+                Format::F16 => convert(bytes, own, |b| f16::from_le_bytes(b).to_f32()),
+                Format::Bf16 => convert(bytes, own, |b| bf16::from_le_bytes(b).to_f32()),
+                Format::Q8_0 => unreachable!("safetensors files hold no blocks"),
+            }
+            out = rest;
+        }
+    }
+}
+
+fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+    for (number, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
+        *number = convert(bytes.try_into().expect("chunks of N bytes"));
     }
 }

@@ -1,4 +1,4 @@
-//! A checkpoint as a model sees it while loading: names and shapes in, tensors on the device out.
+//! A checkpoint as a model sees it while loading: names and shapes in, matrices and tensors on the device out.
 //!
 //! A model says at each weight how it is shared among ranks; that is the only place where ranks matter. Shapes are
 //! checked whatever the world size. What is missing or has another shape is collected, so that [`Weights::finish`]
@@ -6,8 +6,9 @@
 
 use crate::model::LoadError;
 use crate::parallel::Communicator;
+use crate::quant::{Format, Matrix, format_of};
 use candle_core::{DType, Device, Tensor};
-use checkpoint::Checkpoint;
+use checkpoint::{Checkpoint, Source};
 use std::cell::{RefCell, RefMut};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,6 +18,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 mod checkpoint;
+mod names;
+
+pub use names::GroupedHeads;
 
 /// What is wrong with a weights file.
 pub use ::safetensors::SafeTensorError as FormatError;
@@ -31,6 +35,8 @@ pub struct Weights<'a> {
 struct Shared<'a> {
     checkpoint: Checkpoint,
     device: Device,
+    /// The number format that was asked for.
+    quant: Option<Format>,
     communicator: Arc<dyn Communicator>,
     progress: &'a (dyn Fn(f32) + 'a),
     book: RefCell<Book>,
@@ -75,6 +81,13 @@ pub enum Fault {
         /// The kind.
         found: String,
     },
+    /// It has numbers that the format asked for cannot hold.
+    Range {
+        /// Its full name.
+        name: String,
+        /// The format.
+        format: Format,
+    },
     /// It cannot be cut evenly.
     Cut {
         /// Its full name.
@@ -104,6 +117,9 @@ impl fmt::Display for Fault {
             Self::Format { file, name, found } => {
                 write!(f, "{name} in {file} is {found}; read are F32, F16 and BF16")
             }
+            Self::Range { name, format } => {
+                write!(f, "{name} has numbers too large for {format}")
+            }
             Self::Cut {
                 name,
                 parts,
@@ -118,24 +134,28 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Which part of a dimension a rank holds: ranges that are laid one after the other.
+/// Which part of a dimension is held: ranges that are laid one after the other.
 type Cut = Vec<Range<usize>>;
 
 impl<'a> Weights<'a> {
-    /// Opens the safetensors files in `folder`: one, or those that an index names.
+    /// Opens the safetensors files in `folder`: one, or those that an index names. `heads` are those of the linear
+    /// attention, by which some checkpoints group rows; `quant` is the number format asked for, see [`format_of`].
     ///
     /// # Errors
     /// When a file is missing, cut short or no safetensors file.
     pub fn open(
         folder: &Path,
+        heads: GroupedHeads,
         device: &Device,
+        quant: Option<Format>,
         communicator: Arc<dyn Communicator>,
         progress: &'a dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let checkpoint = Checkpoint::open(folder)?;
+        let checkpoint = Checkpoint::open(folder, heads)?;
         let shared = Shared {
             checkpoint,
             device: device.clone(),
+            quant,
             communicator,
             progress,
             book: RefCell::default(),
@@ -168,82 +188,66 @@ impl<'a> Weights<'a> {
     }
 
     /// The whole tensor, on every rank.
-    ///
-    /// # Errors
-    /// When the device has no room; faults of the file are kept for [`Weights::finish`].
-    pub fn replicated(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
-        self.cut(name, shape, None)
+    #[must_use]
+    pub fn replicated(&self, name: &str, shape: &[usize]) -> Part<'_, 'a> {
+        self.part(name, shape, None)
     }
 
     /// Rows of a `[parts · width, …]` tensor: this rank's share of the parts, each of which stays whole.
-    ///
-    /// # Errors
-    /// As [`Weights::replicated`].
+    #[must_use]
     pub fn column_parallel(
         &self,
         name: &str,
         parts: usize,
         width: usize,
         rest: &[usize],
-    ) -> Result<Tensor, LoadError> {
+    ) -> Part<'_, 'a> {
         self.split_columns(name, &[(parts, width)], rest)
     }
 
     /// Rows of a tensor made of several blocks of `(parts, width)`, each shared on its own: a contiguous slice of the
     /// whole would be wrong. A block with fewer parts than ranks is copied to neighbouring ranks.
-    ///
-    /// # Errors
-    /// As [`Weights::replicated`].
+    #[must_use]
     pub fn split_columns(
         &self,
         name: &str,
         blocks: &[(usize, usize)],
         rest: &[usize],
-    ) -> Result<Tensor, LoadError> {
-        let mut cut = Cut::new();
+    ) -> Part<'_, 'a> {
+        let mut rows = Cut::new();
         let mut start = 0;
         for &(parts, width) in blocks {
             let share = self.share(name, parts);
-            cut.push(start + share.start * width..start + share.end * width);
+            rows.push(start + share.start * width..start + share.end * width);
             start += parts * width;
         }
         let shape: Vec<usize> = std::iter::once(start).chain(rest.iter().copied()).collect();
-        self.cut(name, &shape, Some((0, cut)))
+        self.part(name, &shape, Some((0, rows)))
     }
 
     /// Columns of an `[out, parts · width]` tensor: the input this rank's column-parallel layer computed.
-    ///
-    /// # Errors
-    /// As [`Weights::replicated`].
-    pub fn row_parallel(
-        &self,
-        name: &str,
-        out: usize,
-        parts: usize,
-        width: usize,
-    ) -> Result<Tensor, LoadError> {
+    #[must_use]
+    pub fn row_parallel(&self, name: &str, out: usize, parts: usize, width: usize) -> Part<'_, 'a> {
         let share = self.share(name, parts);
-        let cut: Cut = std::iter::once(share.start * width..share.end * width).collect();
-        self.cut(name, &[out, parts * width], Some((1, cut)))
+        let columns = std::iter::once(share.start * width..share.end * width).collect();
+        self.part(name, &[out, parts * width], Some((1, columns)))
     }
 
     /// Rows of a `[vocabulary, width]` table: shares may differ by one row. Also where this rank's begins.
-    ///
-    /// # Errors
-    /// As [`Weights::replicated`].
+    #[must_use]
     pub fn vocab_parallel(
         &self,
         name: &str,
         vocabulary: usize,
         width: usize,
-    ) -> Result<(Tensor, usize), LoadError> {
+    ) -> (Part<'_, 'a>, usize) {
         let (rank, world) = self.place();
         let rows = rank * vocabulary / world..(rank + 1) * vocabulary / world;
         let start = rows.start;
-        Ok((
-            self.cut(name, &[vocabulary, width], Some((0, vec![rows])))?,
+        (
+            self.part(name, &[vocabulary, width], Some((0, vec![rows]))),
             start,
-        ))
+        )
     }
 
     /// Ends the loading: every fault at once, or the bytes this rank holds. Unknown tensors are named in a warning.
@@ -321,40 +325,152 @@ impl<'a> Weights<'a> {
         0..1
     }
 
-    /// Reads a tensor, or the ranges of it that `part` names along one dimension.
-    fn cut(
-        &self,
-        name: &str,
-        shape: &[usize],
-        part: Option<(usize, Cut)>,
-    ) -> Result<Tensor, LoadError> {
-        let name = self.full(&name);
-        let mut kept = shape.to_vec();
-        if let Some((dim, cut)) = &part {
-            kept[*dim] = cut.iter().map(Range::len).sum();
+    fn part(&self, name: &str, shape: &[usize], cut: Option<(usize, Cut)>) -> Part<'_, 'a> {
+        let stride = shape[1..].iter().product();
+        let mut held = Selection {
+            rows: std::iter::once(0..shape[0]).collect(),
+            columns: std::iter::once(0..stride).collect(),
+            stride,
+        };
+        match cut {
+            Some((0, rows)) => held.rows = rows,
+            Some((_, columns)) => held.columns = columns,
+            None => {}
         }
-        match self.shared.checkpoint.read(
-            &name,
-            shape,
-            part.as_ref().map(|(dim, cut)| (*dim, &cut[..])),
-        ) {
-            Ok((values, bytes)) => {
-                let mut book = self.book();
-                book.used.insert(name);
-                book.bytes_read += bytes;
-                book.bytes_kept += 4 * values.len() as u64;
-                let share = book.bytes_read as f32 / self.shared.checkpoint.bytes() as f32;
-                drop(book);
-                (self.shared.progress)(share.min(1.0));
-                Ok(Tensor::from_vec(values, kept, &self.shared.device)?)
-            }
-            Err(fault) => {
-                let mut book = self.book();
-                book.used.insert(name);
-                book.faults.push(fault);
-                // a stand-in without memory behind it: loading goes on, to find the other faults
-                Ok(Tensor::zeros((), DType::F32, &Device::Cpu)?.broadcast_as(kept)?)
-            }
+        Part {
+            weights: self,
+            name: self.full(&name),
+            shape: shape.to_vec(),
+            held,
         }
+    }
+
+    /// Notes that `read` bytes were read and `kept` bytes are held.
+    fn count(&self, read: u64, kept: u64) {
+        let mut book = self.book();
+        book.bytes_read += read;
+        book.bytes_kept += kept;
+        let share = book.bytes_read as f32 / self.shared.checkpoint.bytes() as f32;
+        drop(book);
+        (self.shared.progress)(share.min(1.0));
+    }
+}
+
+/// The part of a tensor that this rank holds, still to be read.
+pub struct Part<'w, 'a> {
+    weights: &'w Weights<'a>,
+    /// Its full name.
+    name: String,
+    /// Of the whole tensor.
+    shape: Vec<usize>,
+    held: Selection,
+}
+
+/// Which numbers of a tensor are held.
+struct Selection {
+    /// Ranges of the first dimension.
+    rows: Cut,
+    /// Ranges of all the others, taken as one.
+    columns: Cut,
+    /// All the others, taken as one.
+    stride: usize,
+}
+
+impl Selection {
+    fn row_count(&self) -> usize {
+        self.rows.iter().map(Range::len).sum()
+    }
+
+    fn width(&self) -> usize {
+        self.columns.iter().map(Range::len).sum()
+    }
+
+    /// Reads the held row `row`; `out` has [`Self::width`].
+    fn decode(&self, source: &Source<'_>, row: usize, mut out: &mut [f32]) {
+        let mut left = row;
+        let range = self.rows.iter().find(|range| {
+            let inside = left < range.len();
+            if !inside {
+                left -= range.len();
+            }
+            inside
+        });
+        let row = range.expect("a row that is held").start + left;
+        let start = row * self.stride;
+        for columns in &self.columns {
+            let (own, rest) = out.split_at_mut(columns.len());
+            source.decode(start + columns.start..start + columns.end, own);
+            out = rest;
+        }
+    }
+}
+
+impl Part<'_, '_> {
+    /// A matrix in the format that [`format_of`] says.
+    ///
+    /// # Errors
+    /// When the device has no room; faults of the file are kept for [`Weights::finish`].
+    pub fn matrix(self) -> Result<Matrix, LoadError> {
+        let (rows, width) = (self.held.row_count(), self.held.width());
+        let shared = &self.weights.shared;
+        let source = match self.source() {
+            Ok(source) => source,
+            Err(stand_in) => return Ok(stand_in),
+        };
+        let format = format_of(&self.name, width, source.format, shared.quant);
+        let held = &self.held;
+        let fill = |row, out: &mut [f32]| held.decode(&source, row, out);
+        let Some(matrix) = Matrix::from_rows(format, rows, width, fill) else {
+            let name = self.name.clone();
+            self.fault(Fault::Range { name, format });
+            return Ok(Self::stand_in());
+        };
+        self.weights
+            .count(source.bytes(rows * width), matrix.bytes());
+        Ok(matrix)
+    }
+
+    /// A tensor in f32, for what is no matrix of a projection.
+    ///
+    /// # Errors
+    /// As [`Part::matrix`].
+    pub fn tensor(self) -> Result<Tensor, LoadError> {
+        let (rows, width) = (self.held.row_count(), self.held.width());
+        let mut shape = self.shape.clone();
+        shape[0] = rows;
+        if self.shape.len() == 2 {
+            shape[1] = width;
+        }
+        let device = &self.weights.shared.device;
+        let Ok(source) = self.source() else {
+            // loading goes on, to find the other faults
+            return Ok(Tensor::zeros(shape, DType::F32, device)?);
+        };
+        let mut numbers = vec![0.0; rows * width];
+        for (row, out) in numbers.chunks_exact_mut(width.max(1)).enumerate() {
+            self.held.decode(&source, row, out);
+        }
+        self.weights
+            .count(source.bytes(numbers.len()), 4 * numbers.len() as u64);
+        Ok(Tensor::from_vec(numbers, shape, device)?)
+    }
+
+    /// The file's tensor. A fault is noted, and there is a matrix without numbers in its place.
+    fn source(&self) -> Result<Source<'_>, Matrix> {
+        let checkpoint = &self.weights.shared.checkpoint;
+        self.weights.book().used.insert(self.name.clone());
+        checkpoint.tensor(&self.name, &self.shape).map_err(|fault| {
+            self.fault(fault);
+            Self::stand_in()
+        })
+    }
+
+    fn fault(&self, fault: Fault) {
+        self.weights.book().faults.push(fault);
+    }
+
+    /// Loading goes on with it, to find the other faults, and then fails.
+    fn stand_in() -> Matrix {
+        Matrix::from_rows(Format::F32, 0, 0, |_, _| {}).expect("there is no number in it")
     }
 }

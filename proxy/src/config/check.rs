@@ -1,7 +1,8 @@
 //! From what is written to what it means: one fault per broken rule, each with a remedy.
 
 use super::settings::{self, ModelsFile, Settings};
-use super::{Config, Eviction, Model, Neuron, Poll, Strategy, Timeouts};
+use super::{Config, Cors, Eviction, Model, Neuron, Poll, Responses, Strategy, Timeouts, Tls};
+use crate::responses::Bounds;
 use filters::route;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -126,9 +127,12 @@ pub(super) fn check(
 fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Config {
     let Settings {
         gateway,
+        tls,
+        cors,
         timeouts,
         fleet,
         eviction,
+        responses,
         neurons,
         models: _,
     } = settings;
@@ -163,6 +167,7 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
     Config {
         listen: checker.address("gateway.listen", &gateway.listen),
         metrics_listen: checker.address("gateway.metrics_listen", &gateway.metrics_listen),
+        tls: listener(tls, file, checker),
         threads: if gateway.threads == 0 {
             cores
         } else {
@@ -173,6 +178,7 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
         max_waiting: gateway.max_waiting,
         attempts: gateway.attempts,
         routing: routing.expect("the first policy of the list exists"),
+        cors: pages(&cors, checker),
         timeouts: Timeouts {
             connect: checker.duration("timeouts.connect", &timeouts.connect),
             request_body: checker.duration("timeouts.request_body", &timeouts.request_body),
@@ -191,11 +197,88 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
             strategy,
             defrag_after_cycles: eviction.defrag_after_cycles,
         },
+        responses: kept(responses, file, checker),
         neurons: nodes(neurons, checker),
         models: BTreeMap::new(),
         default_model: None,
         file: file.map(Path::to_path_buf),
     }
+}
+
+fn kept(responses: settings::Responses, file: Option<&Path>, checker: &mut Checker) -> Responses {
+    let settings::Responses {
+        entries,
+        bytes,
+        path,
+    } = responses;
+    let bytes = checker.bytes("responses.bytes", &bytes);
+    let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+    let path = (!path.is_empty()).then(|| folder.join(&path));
+    if let Some(path) = &path {
+        let parent = std::path::absolute(path).ok();
+        let parent = parent.as_deref().and_then(Path::parent);
+        if path.is_dir() || !parent.is_some_and(Path::is_dir) {
+            checker.fault(format!(
+                "responses.path = \"{}\" cannot be a file: name one in a folder that is there",
+                path.display()
+            ));
+        }
+    }
+    Responses {
+        bounds: Bounds { entries, bytes },
+        path,
+    }
+}
+
+/// The listener in TLS. Its files stand beside the configuration unless their paths are absolute.
+fn listener(tls: settings::Tls, file: Option<&Path>, checker: &mut Checker) -> Option<Tls> {
+    if tls.listen.is_empty() {
+        return None;
+    }
+    let folder = file.and_then(Path::parent).unwrap_or(Path::new(""));
+    let mut read = |key: &str, path: PathBuf, holds: &str| {
+        let path = folder.join(path);
+        match std::fs::read_to_string(&path) {
+            Ok(text) if text.contains(holds) => {}
+            Ok(_) => checker.fault(format!(
+                "tls.{key} = \"{}\" holds no {holds}; give a file in PEM",
+                path.display()
+            )),
+            Err(error) => checker.fault(format!(
+                "tls.{key} = \"{}\" cannot be read: {error}",
+                path.display()
+            )),
+        }
+        path
+    };
+    let certificate = read("certificate", tls.certificate, "CERTIFICATE");
+    let key = read("key", tls.key, "PRIVATE KEY");
+    Some(Tls {
+        listen: checker.address("tls.listen", &tls.listen),
+        certificate,
+        key,
+    })
+}
+
+fn pages(cors: &settings::Cors, checker: &mut Checker) -> Option<Cors> {
+    let max_age = checker.duration("cors.max_age", &cors.max_age);
+    let mut origins = Vec::with_capacity(cors.origins.len());
+    for (index, origin) in cors.origins.iter().enumerate() {
+        let sane = origin == "*"
+            || origin
+                .split_once("://")
+                .is_some_and(|(_, host)| !host.is_empty() && !host.contains('/'));
+        match origin.parse() {
+            Ok(value) if sane => origins.push(value),
+            _ => checker.fault(format!(
+                "cors.origins[{index}] = \"{origin}\" is no origin; write it like \"https://chat.example.com\", or \"*\" for any"
+            )),
+        }
+    }
+    (!cors.origins.is_empty()).then(|| Cors {
+        origins: origins.into(),
+        max_age,
+    })
 }
 
 fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
@@ -270,6 +353,7 @@ fn catalogue(file: ModelsFile, checker: &mut Checker) -> Catalogue {
             source: local_source(&checker.file, &model.source),
             memory,
             context_length: model.context_length,
+            quant: model.quant,
             pinned: model.pinned,
             priority: model.priority,
             aliases: model
@@ -333,10 +417,19 @@ mod tests {
             max_body = "much"
             routing = "best"
             attempts = 0
+            [tls]
+            listen = "127.0.0.1:0"
+            certificate = "none.pem"
+            key = "Cargo.toml"
+            [cors]
+            origins = ["*", "https://a/b"]
             [timeouts]
             head = "0s"
             [eviction]
             strategy = "fifo"
+            [responses]
+            bytes = "lots"
+            path = "nowhere/kept"
             [[neurons]]
             name = "a"
             endpoint = "10.0.0.5"
@@ -363,8 +456,13 @@ mod tests {
             "cortex.toml: eviction.strategy = \"fifo\" is unknown; use \"lru\" or \"priority\"",
             "cortex.toml: gateway.attempts = 0: at least 1 is needed",
             "cortex.toml: gateway.listen = \"nowhere\" is no address; write it like \"127.0.0.1:31313\"",
+            "cortex.toml: tls.certificate = \"none.pem\" cannot be read: ",
+            "cortex.toml: tls.key = \"Cargo.toml\" holds no PRIVATE KEY; give a file in PEM",
             "cortex.toml: gateway.max_body = \"much\":",
+            "cortex.toml: cors.origins[1] = \"https://a/b\" is no origin; write it like \"https://chat.example.com\"",
             "cortex.toml: timeouts.head = \"0s\": must be longer than nothing; write it like \"30s\"",
+            "cortex.toml: responses.bytes = \"lots\":",
+            "cortex.toml: responses.path = \"nowhere/kept\" cannot be a file: name one in a folder that is there",
             "cortex.toml: neurons[0].endpoint = \"10.0.0.5\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
             "cortex.toml: neurons[2].name = \"b\" is taken by an earlier node",
             "models.toml: models[0].source is empty; give a folder or a hub id like \"owner/name\"",

@@ -1,6 +1,9 @@
 //! What the gateway is to do: the files as written ([`settings`]), and what they mean ([`Config`]).
 
+use crate::responses::Bounds;
 use filters::route::RoutingPolicy;
+use http::HeaderValue;
+use protocol::node::WeightFormat;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -16,6 +19,8 @@ pub(crate) use check::Fault;
 pub(crate) struct Config {
     pub(crate) listen: SocketAddr,
     pub(crate) metrics_listen: SocketAddr,
+    /// Where clients are spoken to in TLS, if anywhere.
+    pub(crate) tls: Option<Tls>,
     /// Threads that serve requests.
     pub(crate) threads: usize,
     /// Longest request body in bytes.
@@ -25,11 +30,14 @@ pub(crate) struct Config {
     /// Nodes asked for one request, the first included.
     pub(crate) attempts: usize,
     pub(crate) routing: Arc<dyn RoutingPolicy>,
+    /// Pages that may talk to the gateway, if any.
+    pub(crate) cors: Option<Cors>,
     pub(crate) timeouts: Timeouts,
     /// How long running requests may go on after SIGTERM.
     pub(crate) drain: Duration,
     pub(crate) poll: Poll,
     pub(crate) eviction: Eviction,
+    pub(crate) responses: Responses,
     pub(crate) neurons: Vec<Neuron>,
     /// By id.
     pub(crate) models: BTreeMap<Arc<str>, Model>,
@@ -37,6 +45,25 @@ pub(crate) struct Config {
     pub(crate) default_model: Option<Arc<str>>,
     /// Files it was read from, to be looked at again on reload.
     pub(crate) file: Option<PathBuf>,
+}
+
+/// A listener in TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tls {
+    pub(crate) listen: SocketAddr,
+    /// A chain in PEM, the host's own certificate first.
+    pub(crate) certificate: PathBuf,
+    /// Its key in PEM.
+    pub(crate) key: PathBuf,
+}
+
+/// Origins whose pages may talk to the gateway.
+#[derive(Debug, Clone)]
+pub(crate) struct Cors {
+    /// `*` is any.
+    pub(crate) origins: Arc<[HeaderValue]>,
+    /// How long a browser may keep a permission.
+    pub(crate) max_age: Duration,
 }
 
 /// Deadlines on everything that waits.
@@ -76,6 +103,14 @@ pub(crate) enum Strategy {
     Priority,
 }
 
+/// How responses are kept, so that clients may go on from them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Responses {
+    pub(crate) bounds: Bounds,
+    /// The file they are in; `None` is memory.
+    pub(crate) path: Option<PathBuf>,
+}
+
 /// A node by its address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Neuron {
@@ -93,6 +128,7 @@ pub(crate) struct Model {
     /// Bytes it takes on a device; `None` while nobody has said.
     pub(crate) memory: Option<u64>,
     pub(crate) context_length: Option<u64>,
+    pub(crate) quant: Option<WeightFormat>,
     /// Loaded at start and never evicted.
     pub(crate) pinned: bool,
     /// Higher stays longer under the strategy `priority`.
@@ -177,6 +213,7 @@ fn one_model(model: &str) -> settings::ModelsFile {
         source,
         memory: None,
         context_length: None,
+        quant: None,
         pinned: false,
         priority: 0,
         aliases: Vec::new(),

@@ -1,6 +1,7 @@
 //! The configuration files as written: one struct per table, unknown keys refused, no other type known.
 
 use super::check::Fault;
+use protocol::node::WeightFormat;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
@@ -10,9 +11,12 @@ use std::path::{Path, PathBuf};
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Settings {
     pub(crate) gateway: Gateway,
+    pub(crate) tls: Tls,
+    pub(crate) cors: Cors,
     pub(crate) timeouts: Timeouts,
     pub(crate) fleet: Fleet,
     pub(crate) eviction: Eviction,
+    pub(crate) responses: Responses,
     pub(crate) neurons: Vec<Neuron>,
     /// The catalogue's file, beside this one.
     pub(crate) models: Option<PathBuf>,
@@ -29,6 +33,23 @@ pub(crate) struct Gateway {
     pub(crate) max_waiting: usize,
     pub(crate) attempts: usize,
     pub(crate) routing: String,
+}
+
+#[derive(Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Tls {
+    /// Empty: no such listener.
+    pub(crate) listen: String,
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Cors {
+    /// Empty: none but the gateway's own.
+    pub(crate) origins: Vec<String>,
+    pub(crate) max_age: String,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -59,6 +80,15 @@ pub(crate) struct Eviction {
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Responses {
+    pub(crate) entries: usize,
+    pub(crate) bytes: String,
+    /// A file beside this one; empty: memory.
+    pub(crate) path: String,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Neuron {
     pub(crate) name: String,
@@ -83,6 +113,8 @@ pub(crate) struct Model {
     #[serde(default)]
     pub(crate) context_length: Option<u64>,
     #[serde(default)]
+    pub(crate) quant: Option<WeightFormat>,
+    #[serde(default)]
     pub(crate) pinned: bool,
     #[serde(default)]
     pub(crate) priority: i32,
@@ -100,6 +132,15 @@ impl Default for Gateway {
             max_waiting: 1024,
             attempts: 3,
             routing: "least_loaded".into(),
+        }
+    }
+}
+
+impl Default for Cors {
+    fn default() -> Self {
+        Self {
+            origins: Vec::new(),
+            max_age: "10m".into(),
         }
     }
 }
@@ -133,6 +174,16 @@ impl Default for Eviction {
         Self {
             strategy: "lru".into(),
             defrag_after_cycles: 0,
+        }
+    }
+}
+
+impl Default for Responses {
+    fn default() -> Self {
+        Self {
+            entries: 10_000,
+            bytes: "256MiB".into(),
+            path: String::new(),
         }
     }
 }

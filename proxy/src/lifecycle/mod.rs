@@ -256,6 +256,7 @@ impl Lifecycle {
                 id: id.to_string(),
                 source: model.source.clone(),
                 context_length: model.context_length,
+                quant: model.quant,
             })
         });
         tracing::info!(
@@ -389,8 +390,12 @@ fn lease(served: &Served) -> Option<Lease> {
 }
 
 impl Residency for Lifecycle {
+    fn resident(&self, model: &Arc<str>) -> Option<Lease> {
+        self.fleet.view().served(model).and_then(lease)
+    }
+
     fn lease(&self, model: &Arc<str>) -> Leasing {
-        if let Some(lease) = self.fleet.view().served(model).and_then(lease) {
+        if let Some(lease) = self.resident(model) {
             return Leasing::Ready(lease);
         }
         let config = self.config.load();

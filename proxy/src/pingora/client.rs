@@ -1,14 +1,16 @@
-//! An HTTP/1.1 client over Pingora's pooled connections: requests leave whole, answers come whole or as a stream.
+//! An HTTP/1.1 client over Pingora's connections: requests leave whole, answers come whole or as a stream.
 //!
 //! It writes the request's head itself, in one piece with the body, and keeps its peers: both showed in the
 //! CPU time of a small exchange.
 
+use super::pool::Pool;
 use bytes::{Bytes, BytesMut};
 use filters::Body;
 use filters::route::Endpoint;
 use futures::{FutureExt, Stream};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use pingora_core::connectors::{ConnectorOptions, TransportConnector};
+use pingora_core::connectors::TransportConnector;
+use pingora_core::protocols::Stream as Connection;
 use pingora_core::protocols::http::v1::client::HttpSession;
 use pingora_core::upstreams::peer::{HttpPeer, Peer};
 use protocol::{ApiError, ErrorKind};
@@ -68,6 +70,7 @@ pub(crate) struct Client {
 
 struct Shared {
     connector: TransportConnector,
+    pool: Pool,
     connect_timeout: Duration,
     /// Making a peer hashes and allocates, so there is one for each address ever seen.
     peers: RwLock<HashMap<PeerKey, Arc<HttpPeer>>>,
@@ -87,14 +90,19 @@ struct Answering {
 impl Client {
     /// A client that keeps up to `pool` idle connections.
     pub(crate) fn new(connect_timeout: Duration, pool: usize) -> Self {
-        let connector = TransportConnector::new(Some(ConnectorOptions::new(pool)));
         Self {
             shared: Arc::new(Shared {
-                connector,
+                connector: TransportConnector::new(None),
+                pool: Pool::new(pool, IDLE),
                 connect_timeout,
                 peers: RwLock::default(),
             }),
         }
+    }
+
+    /// Closes connections that have waited too long for a request. Never ends.
+    pub(crate) async fn close_old(&self) {
+        self.shared.pool.close_old().await;
     }
 
     /// Sends `request`. An event stream is returned as it comes, any other body when it is complete.
@@ -132,45 +140,43 @@ impl Client {
     ) -> Result<Answering, ClientError> {
         let peer = self.shared.peer(endpoint);
         let wire = to_wire(endpoint, request);
-        if let Some(stream) = self.shared.connector.reused_stream(&*peer).await {
-            let session = HttpSession::new_with_options(stream, &*peer);
-            if let Ok(answering) = self.ask(session, &peer, endpoint.address, &wire).await {
-                return Ok(answering);
-            }
-        }
         let address = endpoint.address;
-        let stream = self
+        if let Some(connection) = self.shared.pool.take(peer.reuse_hash())
+            && let Ok(answering) = self.ask(connection, &peer, address, &wire).await
+        {
+            return Ok(answering);
+        }
+        let connection = self
             .shared
             .connector
             .new_stream(&*peer)
             .await
             .map_err(|source| ClientError::Connect { address, source })?;
-        let session = HttpSession::new_with_options(stream, &*peer);
-        self.ask(session, &peer, address, &wire).await
+        self.ask(connection, &peer, address, &wire).await
     }
 
     async fn ask(
         &self,
-        session: HttpSession,
+        mut connection: Connection,
         peer: &Arc<HttpPeer>,
         address: SocketAddr,
-        wire: &[u8],
+        wire: &[Bytes; 2],
     ) -> Result<Answering, ClientError> {
         let broken = |source| ClientError::Broken { address, source };
         let written = async {
-            let mut stream = session.into_inner();
-            stream.write_all(wire).await?;
-            stream.flush().await?;
-            Ok::<_, std::io::Error>(stream)
+            for piece in wire {
+                connection.write_all(piece).await?;
+            }
+            connection.flush().await
         };
-        let stream = written.await.map_err(|error| {
+        written.await.map_err(|error: std::io::Error| {
             broken(pingora_core::Error::because(
                 pingora_core::ErrorType::WriteError,
                 "writing the request",
                 error,
             ))
         })?;
-        let mut session = HttpSession::new_with_options(stream, &**peer);
+        let mut session = HttpSession::new_with_options(connection, &**peer);
         loop {
             session.read_response().await.map_err(broken)?;
             let status = session.get_status().unwrap_or(StatusCode::BAD_GATEWAY);
@@ -242,10 +248,8 @@ impl Answering {
     fn release(mut self) {
         self.session.respect_keepalive();
         // ready at once for a connection that is kept; closing one may wait, and is left to the drop
-        if let Some(Some(stream)) = self.session.reuse().now_or_never() {
-            self.shared
-                .connector
-                .release_stream(stream, self.peer.reuse_hash(), Some(IDLE));
+        if let Some(Some(connection)) = self.session.reuse().now_or_never() {
+            self.shared.pool.give(self.peer.reuse_hash(), connection);
         }
     }
 }
@@ -310,8 +314,14 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|kind: &HeaderValue| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
-fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> Vec<u8> {
-    let mut wire = Vec::with_capacity(256 + request.body.len());
+/// Head and body in one piece where the body is small; a large one is not copied to save a write.
+fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> [Bytes; 2] {
+    let (joined, apart) = if request.body.len() > COALESCE {
+        (Bytes::new(), request.body.clone())
+    } else {
+        (request.body.clone(), Bytes::new())
+    };
+    let mut wire = Vec::with_capacity(256 + joined.len());
     let mut put = |text: &str| wire.extend_from_slice(text.as_bytes());
     put(request.method.as_str());
     put(" ");
@@ -329,6 +339,6 @@ fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> Vec<u8> {
         put(itoa::Buffer::new().format(request.body.len()));
     }
     put("\r\n\r\n");
-    wire.extend_from_slice(&request.body);
-    wire
+    wire.extend_from_slice(&joined);
+    [wire.into(), apart]
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use filters::{Body, Request, Response};
 use futures::StreamExt;
-use http::{HeaderValue, Method, Version, header};
+use http::{HeaderValue, Method, StatusCode, Version, header};
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorType};
@@ -21,6 +21,8 @@ use tower::Service;
 
 /// How long a refused body is read on, so that the client sees the refusal and not a reset connection.
 const DRAIN: Duration = Duration::from_secs(2);
+/// Room behind a body of several pieces, so that it can be rewritten in place with a little more in it.
+const SLACK: usize = 16 << 10;
 /// How long a client may take to accept what we write.
 const WRITE: Duration = Duration::from_secs(60);
 
@@ -95,16 +97,20 @@ impl Gateway {
         if announced.is_some_and(|length| length > limits.max_body) {
             return Err(too_large(limits.max_body));
         }
-        if headers
-            .get(header::EXPECT)
-            .is_some_and(|what| what.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+        // HTTP/2 has no need of it, and Pingora would take it for the answer
+        let http_1_1 = session.req_header().version == Version::HTTP_11;
+        if http_1_1
+            && headers
+                .get(header::EXPECT)
+                .is_some_and(|what| what.as_bytes().eq_ignore_ascii_case(b"100-continue"))
         {
             session
                 .write_continue_response()
                 .await
                 .map_err(unreadable)?;
         }
-        timeout(limits.body_deadline, read_body(session, limits.max_body))
+        let reading = read_body(session, announced.unwrap_or(0), limits.max_body);
+        timeout(limits.body_deadline, reading)
             .await
             .unwrap_or_else(|_| {
                 let seconds = limits.body_deadline.as_secs();
@@ -114,7 +120,12 @@ impl Gateway {
     }
 }
 
-async fn read_body(session: &mut ServerSession, limit: usize) -> Result<Bytes, ApiError> {
+/// Reads a body that was announced to be so long, or not at all; it may not be longer than `limit`.
+async fn read_body(
+    session: &mut ServerSession,
+    announced: usize,
+    limit: usize,
+) -> Result<Bytes, ApiError> {
     let Some(first) = session.read_request_body().await.map_err(unreadable)? else {
         return Ok(Bytes::new());
     };
@@ -124,7 +135,9 @@ async fn read_body(session: &mut ServerSession, limit: usize) -> Result<Bytes, A
     let Some(second) = session.read_request_body().await.map_err(unreadable)? else {
         return Ok(first); // most requests come in one piece, which is not copied
     };
-    let mut all = BytesMut::from(first);
+    let mut all = BytesMut::with_capacity(announced.max(first.len() + second.len()) + SLACK);
+    all.extend_from_slice(&first);
+    drop(first);
     let mut next = Some(second);
     while let Some(piece) = next {
         if all.len() + piece.len() > limit {
@@ -170,7 +183,9 @@ async fn write(session: &mut ServerSession, response: Response) -> pingora_core:
     }
     let bodyless = session.req_header().method == Method::HEAD;
     if let Some(whole) = body.as_whole().cloned() {
-        header.insert_header(header::CONTENT_LENGTH, whole.len())?;
+        if head.status != StatusCode::NO_CONTENT {
+            header.insert_header(header::CONTENT_LENGTH, whole.len())?;
+        }
         session.write_response_header(Box::new(header)).await?;
         let rest = if bodyless { Bytes::new() } else { whole };
         return session.write_response_body(rest, true).await;

@@ -2,5 +2,6 @@
 
 pub(crate) mod client;
 pub(crate) mod downstream;
+mod pool;
 pub(crate) mod server;
 pub(crate) mod upstream;

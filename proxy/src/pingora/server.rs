@@ -2,34 +2,52 @@
 
 use super::downstream::Gateway;
 use crate::app::App;
+use crate::config::Tls;
 use async_trait::async_trait;
+use pingora_core::apps::HttpServerOptions;
 use pingora_core::apps::http_app::ServeHttp;
+use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::server::configuration::ServerConf;
 use pingora_core::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
+use pingora_core::tls::{ServerConfig, install_default_crypto_provider, load_certs_and_key_files};
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
-/// An address that cannot be listened on.
+/// Why the gateway cannot listen.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address}: {source}")]
-pub(crate) struct Unavailable {
-    address: SocketAddr,
-    source: std::io::Error,
+pub(crate) enum Unavailable {
+    #[error("cannot listen on {address}: {source}")]
+    Address {
+        address: SocketAddr,
+        source: std::io::Error,
+    },
+    #[error("cannot speak TLS on {address} with {}: {why}", certificate.display())]
+    Tls {
+        address: SocketAddr,
+        certificate: PathBuf,
+        why: String,
+    },
 }
 
 /// Runs the gateway until it is told to stop and has drained.
 pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
     let config = app.config();
-    for address in [config.listen, config.metrics_listen] {
+    let tls = config.tls.as_ref();
+    let addresses = [config.listen, config.metrics_listen].into_iter();
+    for address in addresses.chain(tls.map(|tls| tls.listen)) {
         // Pingora panics in a thread of its own when a port is taken; here it is one line instead
-        drop(TcpListener::bind(address).map_err(|source| Unavailable { address, source })?);
+        drop(
+            TcpListener::bind(address)
+                .map_err(|source| Unavailable::Address { address, source })?,
+        );
     }
     let conf = ServerConf {
         threads: config.threads,
@@ -41,7 +59,14 @@ pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
 
     let gateway = Gateway::new(app.serving.clone(), app.draining.clone());
     let mut gateway = pingora_proxy::http_proxy_service(&server.configuration, gateway);
+    let logic = gateway.app_logic_mut().expect("it has not started yet");
+    let mut options = HttpServerOptions::default();
+    options.h2c = true; // clients that know it begin with HTTP/2's preface, others are spoken to as ever
+    logic.server_options = Some(options);
     gateway.add_tcp(&config.listen.to_string());
+    if let Some(tls) = tls {
+        gateway.add_tls_with_settings(&tls.listen.to_string(), None, settings(tls)?);
+    }
     server.add_service(gateway);
 
     let mut admin = Service::new("admin".into(), Admin(app.clone()));
@@ -60,6 +85,28 @@ pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
         shutdown_signal: Box::new(Stop(app.clone())),
     });
     Ok(())
+}
+
+/// What a TLS listener needs. Pingora panics on files that do not fit; they are tried here first.
+fn settings(tls: &Tls) -> Result<TlsSettings, Unavailable> {
+    let broken = |why: String| Unavailable::Tls {
+        address: tls.listen,
+        certificate: tls.certificate.clone(),
+        why,
+    };
+    let (certificate, key) = (tls.certificate.to_string_lossy(), tls.key.to_string_lossy());
+    let (chain, secret) = load_certs_and_key_files(&certificate, &key)
+        .map_err(|error| broken(error.to_string()))?
+        .ok_or_else(|| broken("the files hold no certificate with a key".into()))?;
+    install_default_crypto_provider();
+    ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, secret)
+        .map_err(|error| broken(error.to_string()))?;
+    let mut settings =
+        TlsSettings::intermediate(&certificate, &key).map_err(|error| broken(error.to_string()))?;
+    settings.enable_h2();
+    Ok(settings)
 }
 
 /// The second listener.

@@ -3,7 +3,7 @@
 use super::client::{Client, ClientError, Outgoing};
 use filters::{Failure, Request, Response, ResponseFuture};
 use http::header;
-use protocol::ext::{REQUEST_ID_HEADER, USAGE_COMMENT_HEADER};
+use protocol::ext::REQUEST_ID_HEADER;
 use protocol::{ApiError, ErrorKind};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -26,6 +26,11 @@ impl Upstream {
     pub(crate) fn new(client: Client) -> Self {
         Self { client }
     }
+
+    /// Closes connections that have waited too long for a request. Never ends.
+    pub(crate) async fn close_old(&self) {
+        self.client.close_old().await;
+    }
 }
 
 impl Service<Request> for Upstream {
@@ -44,10 +49,7 @@ impl Service<Request> for Upstream {
             let outgoing = Outgoing {
                 method: request.head.method,
                 path: request.head.uri.path(),
-                headers: &[
-                    (REQUEST_ID_HEADER, &request.exchange.id),
-                    (USAGE_COMMENT_HEADER, "1"),
-                ],
+                headers: &[(REQUEST_ID_HEADER, &request.exchange.id)],
                 body: request.body,
             };
             match client.send(&endpoint, &outgoing).await {

@@ -1,6 +1,6 @@
 //! `cortex up`: a neuron of one's own, a gateway in front of it, a model, and a word when all is ready.
 
-use crate::app::App;
+use crate::app::{App, BuildError};
 use crate::cli::UpArgs;
 use crate::config::{Config, Fault};
 use crate::pingora::client::{Client, ClientError, Outgoing};
@@ -40,6 +40,8 @@ pub(crate) enum UpError {
     #[error(transparent)]
     Child(#[from] child::ChildError),
     #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
     Listen(#[from] Unavailable),
     #[error("the neuron did not answer within {} s", BOOT.as_secs())]
     Silent,
@@ -78,7 +80,7 @@ pub(crate) fn run(args: UpArgs) -> Result<(), UpError> {
     )
     .map_err(UpError::Config)?;
     let model = config.default_model.clone().ok_or(UpError::NoModel)?;
-    let app = App::build(config);
+    let app = App::build(config)?;
     let stop = Arc::new(Notify::new());
     let supervisor = runtime.spawn(neuron.supervise(stop.clone()));
     let companion = runtime.spawn(accompany(app.clone(), model, args.ask));

@@ -1,47 +1,98 @@
 //! Messages request → chat request.
 
+use super::fields;
 use super::wire::{
-    Blocks, ImageSource, InputBlock, InputMessage, InputTool, MessagesRequest, Thinking, ToolChoice,
+    Block, Blocks, InputMessage, InputTool, MessagesRequest, OutputConfig, OutputFormat, Source,
+    Text, TextOr, Thinking, ToolChoice,
 };
 use protocol::ApiError;
 use protocol::chat::{
     ChatRequest, Content, FunctionCall, FunctionDefinition, ImageUrl, Message, Part, StopStrings,
     StreamOptions, Tool, ToolCall,
 };
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-/// The chat request that asks for the same.
-pub(super) fn to_chat(request: MessagesRequest) -> Result<ChatRequest, ApiError> {
-    let mut messages = Vec::with_capacity(request.messages.len() + 1);
-    if let Some(system) = request.system {
-        let text = text_of(system, "system")?;
-        messages.push(message("system", Some(Content::Text(text))));
+/// The chat request that asks for the same answer.
+pub(super) fn to_chat(request: MessagesRequest<'_>) -> Result<ChatRequest, ApiError> {
+    if request.max_tokens.is_none() {
+        return Err(missing("max_tokens"));
     }
-    for (index, turn) in request.messages.into_iter().enumerate() {
-        add_turn(&mut messages, turn, &format!("messages.{index}"))?;
+    let turns = request.messages.as_deref().unwrap_or_default();
+    if turns
+        .last()
+        .is_some_and(|turn| turn.role.as_str() == "assistant")
+    {
+        return Err(refused(
+            format!("messages.{}", turns.len() - 1),
+            "the last turn is the assistant's, and answers are begun here, not continued",
+        ));
     }
     let stream = request.stream.unwrap_or(false);
-    let (tool_choice, one_call) = match request.tool_choice {
-        None => (None, false),
-        Some(choice) => choose(choice),
-    };
-    let mut extra = Map::new();
-    let thinking = request.thinking.map(|thinking| match thinking {
-        Thinking::Enabled { budget_tokens } => {
-            extra.insert("thinking_budget".into(), budget_tokens.into());
-            true
-        }
-        Thinking::Adaptive => true,
-        Thinking::Disabled => false,
-    });
     Ok(ChatRequest {
-        model: request.model,
-        messages,
         stream: stream.then_some(true),
         stream_options: stream.then_some(StreamOptions {
             include_usage: true,
         }),
-        max_tokens: Some(request.max_tokens),
+        ..prompt(request)?
+    })
+}
+
+/// The request for the prompt alone, as a node's `/tokenize` takes it.
+pub(super) fn to_tokenize(request: MessagesRequest<'_>) -> Result<ChatRequest, ApiError> {
+    let chat = prompt(request)?;
+    let unused = chat
+        .tool_choice
+        .as_ref()
+        .is_some_and(|choice| choice == "none");
+    Ok(ChatRequest {
+        model: chat.model,
+        messages: chat.messages,
+        tools: chat.tools.filter(|_| !unused), // a model that may not call is told of no tools
+        chat_template_kwargs: chat.chat_template_kwargs,
+        extra: Map::from_iter([("add_generation_prompt".into(), true.into())]),
+        ..ChatRequest::default()
+    })
+}
+
+/// Everything but how the answer is to be sent.
+fn prompt(request: MessagesRequest<'_>) -> Result<ChatRequest, ApiError> {
+    let mut extra = fields::pass_on(request.extra)?;
+    let turns = request.messages.ok_or_else(|| missing("messages"))?;
+    let mut messages = Vec::with_capacity(turns.len() + 1);
+    if let Some(system) = request.system {
+        let text = text_of(system, "system")?;
+        messages.push(message("system", Some(Content::Text(text))));
+    }
+    for (index, turn) in turns.into_iter().enumerate() {
+        add_turn(&mut messages, turn, &format!("messages.{index}"))?;
+    }
+    let (tool_choice, one_call) = match request.tool_choice {
+        None => (None, false),
+        Some(choice) => choose(choice),
+    };
+    let OutputConfig { effort, format } = request.output_config.unwrap_or(OutputConfig {
+        effort: None,
+        format: None,
+    });
+    let held_to = match (format, request.output_format) {
+        (Some(format), _) => Some(response_format(format, "output_config.format")?),
+        (None, Some(format)) => Some(response_format(format, "output_format")?),
+        (None, None) => None,
+    };
+    extra.extend(held_to.map(|format| ("response_format".into(), format)));
+    let effort = effort.map(reasoning_effort).transpose()?;
+    let thinking = request.thinking.map(think).transpose()?;
+    if let Some((_, Some(budget))) = thinking {
+        extra.insert("thinking_budget".into(), budget.into());
+    }
+    // an effort alone asks for thinking as well
+    let thinks = thinking.map(|(on, _)| on).or(effort.as_ref().map(|_| true));
+    Ok(ChatRequest {
+        model: request.model.into_owned(),
+        messages,
+        max_tokens: request.max_tokens,
         temperature: request.temperature,
         top_p: request.top_p,
         top_k: request.top_k,
@@ -56,7 +107,8 @@ pub(super) fn to_chat(request: MessagesRequest) -> Result<ChatRequest, ApiError>
             .transpose()?,
         tool_choice,
         parallel_tool_calls: one_call.then_some(false),
-        chat_template_kwargs: thinking
+        reasoning_effort: effort,
+        chat_template_kwargs: thinks
             .map(|on| Map::from_iter([("enable_thinking".into(), on.into())])),
         user: request.metadata.and_then(|metadata| metadata.user_id),
         extra,
@@ -73,50 +125,49 @@ fn message(role: &str, content: Option<Content>) -> Message {
 }
 
 /// One turn becomes one message, or several when it holds tool results: each of those is a message of its own.
-fn add_turn(messages: &mut Vec<Message>, turn: InputMessage, at: &str) -> Result<(), ApiError> {
-    let blocks = match (turn.role.as_str(), turn.content) {
-        ("user" | "assistant" | "system", Blocks::Text(text)) => {
-            messages.push(message(&turn.role, Some(Content::Text(text))));
-            return Ok(());
-        }
-        ("user" | "assistant", Blocks::List(blocks)) => blocks,
-        ("system", blocks) => {
-            messages.push(message("system", Some(Content::Text(text_of(blocks, at)?))));
-            return Ok(());
-        }
-        (role, _) => {
-            return Err(ApiError::invalid(
+fn add_turn(messages: &mut Vec<Message>, turn: InputMessage<'_>, at: &str) -> Result<(), ApiError> {
+    let role = match turn.role.as_str() {
+        "developer" => "system",
+        role @ ("user" | "assistant" | "system") => role,
+        role => {
+            return Err(refused(
                 format!("{at}.role"),
-                format!("{at}.role must be `user` or `assistant`, not `{role}`"),
+                format!("must be `user`, `assistant` or `system`, not `{role}`"),
             ));
         }
     };
-    if turn.role == "assistant" {
-        messages.push(assistant(blocks, at)?);
-        return Ok(());
+    match turn.content {
+        None => messages.push(message(role, None)),
+        Some(TextOr::Text(text)) => {
+            messages.push(message(role, Some(Content::Text(text.into_owned()))));
+        }
+        Some(blocks) if role == "system" => {
+            let text = text_of(blocks, &format!("{at}.content"))?;
+            messages.push(message(role, Some(Content::Text(text))));
+        }
+        Some(TextOr::Other(blocks)) if role == "assistant" => {
+            messages.push(assistant(blocks, at)?);
+        }
+        Some(TextOr::Other(blocks)) => add_user(messages, blocks, at)?,
     }
+    Ok(())
+}
+
+fn add_user(messages: &mut Vec<Message>, blocks: Vec<Block<'_>>, at: &str) -> Result<(), ApiError> {
     let mut parts = Vec::new();
+    // a tool message has only text; images of results follow behind the last of them, as the user's
+    let mut images = Vec::new();
     for (index, block) in blocks.into_iter().enumerate() {
         let at = format!("{at}.content.{index}");
-        match block {
-            InputBlock::Text { text } => parts.push(Part::Text { text }),
-            InputBlock::Image { source } => parts.push(image(source)),
-            InputBlock::ToolResult {
-                tool_use_id,
-                content,
-                is_error,
-            } => {
-                flush(messages, &mut parts);
-                let (text, images) = tool_result(content, is_error.unwrap_or(false), &at)?;
-                messages.push(Message {
-                    tool_call_id: Some(tool_use_id),
-                    ..message("tool", Some(Content::Text(text)))
-                });
-                parts.extend(images); // a tool message has only text; its images follow as the user's
-            }
-            _ => return Err(unsupported(&at)),
+        if block.kind.as_str() == "tool_result" {
+            flush(messages, &mut parts);
+            messages.push(tool_result(block, &at, &mut images)?);
+        } else {
+            parts.append(&mut images);
+            add_part(block, &at, &mut parts)?;
         }
     }
+    parts.append(&mut images);
     flush(messages, &mut parts);
     Ok(())
 }
@@ -128,92 +179,284 @@ fn flush(messages: &mut Vec<Message>, parts: &mut Vec<Part>) {
     }
 }
 
-fn assistant(blocks: Vec<InputBlock>, at: &str) -> Result<Message, ApiError> {
-    let (mut text, mut thinking, mut calls) = (String::new(), String::new(), Vec::new());
+fn assistant(blocks: Vec<Block<'_>>, at: &str) -> Result<Message, ApiError> {
+    let (mut texts, mut thinking, mut calls) = (Vec::new(), String::new(), Vec::new());
     for (index, block) in blocks.into_iter().enumerate() {
-        match block {
-            InputBlock::Text { text: more } => text += &more,
-            InputBlock::Thinking { thinking: more } => thinking += &more,
-            InputBlock::RedactedThinking {} => {}
-            InputBlock::ToolUse { id, name, input } => calls.push(ToolCall {
-                id,
-                kind: "function".into(),
-                function: FunctionCall {
-                    name,
-                    arguments: input.to_string(),
-                },
-            }),
-            _ => return Err(unsupported(&format!("{at}.content.{index}"))),
+        let at = format!("{at}.content.{index}");
+        match block.kind.as_str() {
+            "text" => texts.push(need(block.text, &at, "text")?.into_owned()),
+            "thinking" => thinking += need(block.thinking, &at, "thinking")?.as_str(),
+            // encrypted for its vendor's own models: nothing here can read it, so nothing is lost without it
+            "redacted_thinking" => {}
+            "tool_use" => calls.push(call(block, &at)?),
+            kind => return Err(unsupported(kind, &at)),
         }
     }
     Ok(Message {
         reasoning_content: (!thinking.is_empty()).then_some(thinking),
         tool_calls: (!calls.is_empty()).then_some(calls),
-        ..message(
-            "assistant",
-            (!text.is_empty()).then_some(Content::Text(text)),
-        )
+        ..message("assistant", text_content(texts))
     })
 }
 
-/// A result's text, and the images that came with it.
-fn tool_result(
-    content: Option<Blocks>,
-    is_error: bool,
-    at: &str,
-) -> Result<(String, Vec<Part>), ApiError> {
-    let (mut text, mut images) = (String::new(), Vec::new());
-    match content {
+/// One text as it is; several stay apart, as parts.
+fn text_content(mut texts: Vec<String>) -> Option<Content> {
+    match texts.len() {
+        0 => None,
+        1 => texts.pop().map(Content::Text),
+        _ => {
+            let parts = texts.into_iter().map(|text| Part::Text { text });
+            Some(Content::Parts(parts.collect()))
+        }
+    }
+}
+
+fn call(block: Block<'_>, at: &str) -> Result<ToolCall, ApiError> {
+    if block.toolset_name.is_some() {
+        return Err(refused(
+            format!("{at}.toolset_name"),
+            "toolsets run on their vendor's servers",
+        ));
+    }
+    Ok(ToolCall {
+        id: need(block.id, at, "id")?.into_owned(),
+        kind: "function".into(),
+        function: FunctionCall {
+            name: need(block.name, at, "name")?.into_owned(),
+            arguments: arguments(block.input, at)?,
+        },
+    })
+}
+
+/// The input as it was written, but for spaces. Some clients put the object into a string, and some send nothing.
+fn arguments(input: Option<&RawValue>, at: &str) -> Result<String, ApiError> {
+    let raw = input.map_or("{}", RawValue::get);
+    let unwrapped = match raw.as_bytes().first() {
+        Some(b'{') => return Ok(compact(raw)),
+        Some(b'"') => serde_json::from_str::<String>(raw).ok(),
+        _ => None,
+    };
+    unwrapped
+        .filter(|text| serde_json::from_str::<Map<String, Value>>(text).is_ok())
+        .ok_or_else(|| refused(format!("{at}.input"), "must be an object"))
+}
+
+/// Valid JSON without the spaces around its values, which stay as they are to the last digit.
+fn compact(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    let (mut quoted, mut escaped) = (false, false);
+    text.extend(json.chars().filter(|c| {
+        match *c {
+            '"' if !escaped => quoted = !quoted,
+            ' ' | '\n' | '\r' | '\t' if !quoted => return false,
+            _ => {}
+        }
+        escaped = quoted && *c == '\\' && !escaped;
+        true
+    }));
+    text
+}
+
+/// A result is a message of its own; its images are appended to `images`.
+fn tool_result(block: Block<'_>, at: &str, images: &mut Vec<Part>) -> Result<Message, ApiError> {
+    let mut texts = Vec::new();
+    match block.content {
         None => {}
-        Some(Blocks::Text(all)) => text = all,
-        Some(Blocks::List(blocks)) => {
+        Some(TextOr::Text(text)) => texts.push(text.into_owned()),
+        Some(TextOr::Other(blocks)) => {
+            let mut parts = Vec::new();
             for (index, block) in blocks.into_iter().enumerate() {
-                match block {
-                    InputBlock::Text { text: more } => text += &more,
-                    InputBlock::Image { source } => images.push(image(source)),
-                    _ => return Err(unsupported(&format!("{at}.content.{index}"))),
+                add_part(block, &format!("{at}.content.{index}"), &mut parts)?;
+            }
+            for part in parts {
+                match part {
+                    Part::Text { text } => texts.push(text),
+                    image => images.push(image),
                 }
             }
         }
     }
-    if is_error {
-        text = format!("Error: {text}"); // chat has no flag for it, and the model must know
+    if block.is_error == Some(true) {
+        // chat has no flag for it, and the model must know
+        match texts.first_mut() {
+            Some(first) => first.insert_str(0, ERROR),
+            None => texts.push(ERROR.trim_end().into()),
+        }
     }
-    Ok((text, images))
+    let content = text_content(texts).unwrap_or_else(|| Content::Text(String::new()));
+    Ok(Message {
+        tool_call_id: Some(need(block.tool_use_id, at, "tool_use_id")?.into_owned()),
+        ..message("tool", Some(content))
+    })
 }
 
-fn image(source: ImageSource) -> Part {
-    let url = match source {
-        ImageSource::Base64 { media_type, data } => format!("data:{media_type};base64,{data}"),
-        ImageSource::Url { url } => url,
+/// How a tool's failure is told to the model.
+const ERROR: &str = "Error: ";
+
+/// What a user shows: text, images, and what can be written as text.
+fn add_part(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
+    match block.kind.as_str() {
+        "text" => {
+            let text = need(block.text, at, "text")?.into_owned();
+            parts.push(Part::Text { text });
+        }
+        "image" => {
+            if block.transformations.is_some_and(|raw| raw.get() != "{}") {
+                return Err(refused(
+                    format!("{at}.transformations"),
+                    "images are handed on as they are",
+                ));
+            }
+            match block.source {
+                Some(TextOr::Other(source)) => parts.push(image(source, at)?),
+                _ => return Err(missing(format!("{at}.source"))),
+            }
+        }
+        "document" => add_document(block, at, parts)?,
+        "search_result" => add_search_result(block, at, parts)?,
+        kind => return Err(unsupported(kind, at)),
+    }
+    Ok(())
+}
+
+fn image(source: Source<'_>, at: &str) -> Result<Part, ApiError> {
+    let at = format!("{at}.source");
+    let url = match source.kind.as_str() {
+        "base64" => {
+            let media_type = need(source.media_type, &at, "media_type")?;
+            let data = need(source.data, &at, "data")?;
+            ["data:", media_type.as_str(), ";base64,", data.as_str()].concat()
+        }
+        "url" => need(source.url, &at, "url")?.into_owned(),
+        kind => return Err(not_stored(kind, &at)),
     };
-    Part::ImageUrl {
+    Ok(Part::ImageUrl {
         image_url: ImageUrl { url, detail: None },
+    })
+}
+
+/// Chat has no documents: one is shown as text between tags, with its images where they stand in it.
+fn add_document(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
+    refuse_citations(block.citations, at)?;
+    let Some(TextOr::Other(source)) = block.source else {
+        return Err(missing(format!("{at}.source")));
+    };
+    let at = format!("{at}.source");
+    let mut open = String::from("<document>\n");
+    tag(&mut open, "title", block.title.as_ref());
+    tag(&mut open, "context", block.context.as_ref());
+    match (source.kind.as_str(), source.content) {
+        ("text", _) => {
+            open += need(source.data, &at, "data")?.as_str();
+        }
+        ("content", Some(TextOr::Text(text))) => open += text.as_str(),
+        ("content", Some(TextOr::Other(blocks))) => {
+            for (index, block) in blocks.into_iter().enumerate() {
+                let at = format!("{at}.content.{index}");
+                match block.kind.as_str() {
+                    "text" => open += need(block.text, &at, "text")?.as_str(),
+                    "image" => {
+                        let text = std::mem::take(&mut open);
+                        parts.extend((!text.is_empty()).then_some(Part::Text { text }));
+                        add_part(block, &at, parts)?;
+                    }
+                    kind => return Err(unsupported(kind, &at)),
+                }
+            }
+        }
+        ("content", None) => return Err(missing(format!("{at}.content"))),
+        ("base64" | "url", _) => {
+            return Err(refused(at, "PDFs cannot be read here; send their text"));
+        }
+        (kind, _) => return Err(not_stored(kind, &at)),
+    }
+    open += "\n</document>";
+    parts.push(Part::Text { text: open });
+    Ok(())
+}
+
+fn add_search_result(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
+    refuse_citations(block.citations, at)?;
+    let mut text = String::from("<search_result>\n");
+    tag(&mut text, "title", block.title.as_ref());
+    match &block.source {
+        Some(TextOr::Text(source)) => tag(&mut text, "source", Some(source)),
+        _ => return Err(missing(format!("{at}.source"))),
+    }
+    if let Some(content) = block.content {
+        text += &text_of(content, &format!("{at}.content"))?;
+    }
+    text += "\n</search_result>";
+    parts.push(Part::Text { text });
+    Ok(())
+}
+
+fn tag(out: &mut String, name: &str, text: Option<&Text<'_>>) {
+    if let Some(text) = text {
+        for piece in ["<", name, ">", text.as_str(), "</", name, ">\n"] {
+            out.push_str(piece);
+        }
     }
 }
 
-fn text_of(blocks: Blocks, at: &str) -> Result<String, ApiError> {
+fn refuse_citations(citations: Option<&RawValue>, at: &str) -> Result<(), ApiError> {
+    #[derive(Deserialize)]
+    struct Citations {
+        #[serde(default)]
+        enabled: Option<bool>,
+    }
+    let wanted = citations
+        .and_then(|raw| serde_json::from_str::<Citations>(raw.get()).ok())
+        .is_some_and(|citations| citations.enabled == Some(true));
+    if wanted {
+        return Err(refused(
+            format!("{at}.citations"),
+            "answers here cite nothing",
+        ));
+    }
+    Ok(())
+}
+
+fn text_of(blocks: Blocks<'_>, at: &str) -> Result<String, ApiError> {
     match blocks {
-        Blocks::Text(text) => Ok(text),
-        Blocks::List(blocks) => blocks
+        TextOr::Text(text) => Ok(text.into_owned()),
+        TextOr::Other(blocks) => blocks
             .into_iter()
             .enumerate()
-            .map(|(index, block)| match block {
-                InputBlock::Text { text } => Ok(text),
-                _ => Err(ApiError::invalid(
-                    format!("{at}.{index}"),
-                    format!("{at}.{index} must be a text block"),
-                )),
+            .map(|(index, block)| match (block.kind.as_str(), block.text) {
+                ("text", Some(text)) => Ok(text.into_owned()),
+                _ => Err(refused(format!("{at}.{index}"), "must be a text block")),
             })
             .collect::<Result<Vec<_>, _>>()
             .map(|texts| texts.join("\n")),
     }
 }
 
-fn unsupported(at: &str) -> ApiError {
-    ApiError::invalid(
+fn refused(at: impl Into<String>, why: impl std::fmt::Display) -> ApiError {
+    let at = at.into();
+    let message = format!("{at}: {why}");
+    ApiError::invalid(at, message)
+}
+
+fn missing(at: impl Into<String>) -> ApiError {
+    refused(at, "is missing")
+}
+
+fn need<T>(value: Option<T>, at: &str, name: &str) -> Result<T, ApiError> {
+    value.ok_or_else(|| missing(format!("{at}.{name}")))
+}
+
+fn unsupported(kind: &str, at: &str) -> ApiError {
+    refused(
         at,
-        format!("{at} is of a kind that is not supported here in this turn"),
+        format!("blocks of type `{kind}` mean nothing in this place"),
+    )
+}
+
+fn not_stored(kind: &str, at: &str) -> ApiError {
+    refused(
+        format!("{at}.type"),
+        format!("`{kind}` is no source that can be read here; there is no store of files"),
     )
 }
 
@@ -221,40 +464,119 @@ fn define(tools: Vec<InputTool>) -> Result<Vec<Tool>, ApiError> {
     tools
         .into_iter()
         .enumerate()
-        .map(|(index, tool)| match tool.kind.as_deref() {
-            None | Some("custom") => Ok(Tool {
-                kind: "function".into(),
-                function: FunctionDefinition {
-                    name: tool.name,
-                    description: tool.description,
-                    parameters: tool.input_schema,
-                    strict: None,
-                },
-            }),
-            Some(kind) => Err(ApiError::invalid(
-                format!("tools.{index}.type"),
-                format!("tools.{index}: `{kind}` runs on its vendor's servers; only custom tools work here"),
-            )),
-        })
+        .map(|(index, tool)| define_one(tool, &format!("tools.{index}")))
         .collect()
+}
+
+fn define_one(tool: InputTool, at: &str) -> Result<Tool, ApiError> {
+    if let Some(kind) = tool.kind.as_deref().filter(|kind| *kind != "custom") {
+        return Err(refused(
+            format!("{at}.type"),
+            format!("`{kind}` is its vendor's own; only custom tools work here"),
+        ));
+    }
+    if tool.name.is_empty() {
+        return Err(missing(format!("{at}.name")));
+    }
+    if tool.defer_loading == Some(true) {
+        return Err(refused(
+            format!("{at}.defer_loading"),
+            "there is no search for tools",
+        ));
+    }
+    let others = tool.allowed_callers.unwrap_or_default();
+    if others.iter().any(|caller| caller != "direct") {
+        return Err(refused(
+            format!("{at}.allowed_callers"),
+            "only `direct` is possible: no code runs here",
+        ));
+    }
+    let mut description = tool.description;
+    for example in tool.input_examples.unwrap_or_default() {
+        let text = description.get_or_insert_default();
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        *text += &format!("Example of its input: {example}");
+    }
+    Ok(Tool {
+        kind: "function".into(),
+        function: FunctionDefinition {
+            name: tool.name,
+            description,
+            parameters: tool.input_schema,
+            strict: tool.strict.filter(|strict| *strict),
+        },
+    })
 }
 
 /// `tool_choice`, and whether at most one call is wanted.
 fn choose(choice: ToolChoice) -> (Option<Value>, bool) {
-    match choice {
+    let (choice, one_call) = match choice {
         ToolChoice::Auto {
             disable_parallel_tool_use,
-        } => (Some("auto".into()), disable_parallel_tool_use),
+        } => ("auto".into(), disable_parallel_tool_use),
         ToolChoice::Any {
             disable_parallel_tool_use,
-        } => (Some("required".into()), disable_parallel_tool_use),
+        } => ("required".into(), disable_parallel_tool_use),
         ToolChoice::Tool {
             name,
             disable_parallel_tool_use,
         } => (
-            Some(json!({"type": "function", "function": {"name": name}})),
+            json!({"type": "function", "function": {"name": name}}),
             disable_parallel_tool_use,
         ),
-        ToolChoice::None => (Some("none".into()), false),
+        ToolChoice::None => ("none".into(), None),
+    };
+    (Some(choice), one_call == Some(true))
+}
+
+/// Whether to think, and for how many tokens at most.
+fn think(thinking: Thinking) -> Result<(bool, Option<u64>), ApiError> {
+    let (display, budget) = match thinking {
+        Thinking::Disabled => return Ok((false, None)),
+        Thinking::BetweenTools => {
+            return Err(refused(
+                "thinking.type",
+                "`between_tools` is not possible: a model thinks before each answer or not at all",
+            ));
+        }
+        Thinking::Enabled {
+            budget_tokens,
+            display,
+        } => (display, Some(budget_tokens)),
+        Thinking::Adaptive { display } => (display, None),
+    };
+    if display.as_deref() == Some("omitted") {
+        return Err(refused(
+            "thinking.display",
+            "thinking is always shown: there is no signature that could stand for it",
+        ));
     }
+    Ok((true, budget))
+}
+
+fn reasoning_effort(effort: String) -> Result<String, ApiError> {
+    match effort.as_str() {
+        "low" | "medium" | "high" | "xhigh" => Ok(effort),
+        "max" => Ok("xhigh".into()), // the most that chat has a word for
+        _ => Err(refused(
+            "output_config.effort",
+            "must be low, medium, high, xhigh or max",
+        )),
+    }
+}
+
+fn response_format(format: OutputFormat, at: &str) -> Result<Value, ApiError> {
+    if format.kind != "json_schema" {
+        return Err(refused(
+            format!("{at}.type"),
+            format!("must be `json_schema`, not `{}`", format.kind),
+        ));
+    }
+    let schema = need(format.schema, at, "schema")?;
+    Ok(json!({
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": schema, "strict": true},
+    }))
 }

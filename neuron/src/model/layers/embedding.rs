@@ -3,14 +3,15 @@
 use crate::kernels::linear::linear;
 use crate::model::LoadError;
 use crate::parallel::Communicator;
+use crate::quant::Matrix;
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
 
 /// The embedding table: each rank holds some rows and adds nothing for the others.
 #[derive(Debug)]
 pub struct VocabParallelEmbedding {
-    rows: Tensor,
+    rows: Matrix,
     start: usize,
     communicator: Arc<dyn Communicator>,
 }
@@ -19,46 +20,38 @@ impl VocabParallelEmbedding {
     /// Loads `name.weight`, `[vocabulary, width]`.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::matrix`].
     pub fn load(
         weights: &Weights<'_>,
         name: &str,
         vocabulary: usize,
         width: usize,
     ) -> std::result::Result<Self, LoadError> {
-        let (rows, start) = weights
-            .pp(name)
-            .vocab_parallel("weight", vocabulary, width)?;
+        let weights = weights.pp(name);
+        let (rows, start) = weights.vocab_parallel("weight", vocabulary, width);
         Ok(Self {
-            rows,
+            rows: rows.matrix()?,
             start,
             communicator: weights.communicator(),
         })
     }
 
-    /// The vectors of `ids`: (t, width).
+    /// The vectors of `ids`, which are in the vocabulary: (t, width).
     ///
     /// # Errors
-    /// When an id is not in the vocabulary of any rank's table, or an operation on the device fails.
+    /// When an operation between ranks fails.
     pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
-        let (count, _) = self.rows.dims2()?;
-        let own = |id: u32| {
-            (id as usize)
-                .checked_sub(self.start)
-                .filter(|row| *row < count)
-        };
-        let device = self.rows.device();
-        let rows: Vec<u32> = ids.iter().map(|id| own(*id).unwrap_or(0) as u32).collect();
-        let found = self.rows.index_select(&Tensor::new(rows, device)?, 0)?;
-        if ids.iter().all(|id| own(*id).is_some()) {
-            return self.communicator.all_reduce(&found);
+        let width = self.rows.width();
+        let mut vectors = vec![0.0; ids.len() * width];
+        for (id, vector) in ids.iter().zip(vectors.chunks_exact_mut(width.max(1))) {
+            // of another rank's rows this one adds nothing
+            let row = (*id as usize).checked_sub(self.start);
+            if let Some(row) = row.filter(|row| *row < self.rows.rows()) {
+                self.rows.decode_row(row, vector);
+            }
         }
-        let mask: Vec<f32> = ids
-            .iter()
-            .map(|id| if own(*id).is_some() { 1.0 } else { 0.0 })
-            .collect();
-        let mask = Tensor::from_vec(mask, (ids.len(), 1), device)?;
-        self.communicator.all_reduce(&found.broadcast_mul(&mask)?)
+        let vectors = Tensor::from_vec(vectors, (ids.len(), width), &Device::Cpu)?;
+        self.communicator.all_reduce(&vectors)
     }
 
     /// A head that uses the same table.
@@ -74,7 +67,7 @@ impl VocabParallelEmbedding {
 /// From the last hidden state to logits: each rank computes those of its rows.
 #[derive(Debug)]
 pub struct ParallelLmHead {
-    rows: Tensor,
+    rows: Matrix,
     communicator: Arc<dyn Communicator>,
 }
 
@@ -82,18 +75,17 @@ impl ParallelLmHead {
     /// Loads `name.weight`, `[vocabulary, width]`.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::matrix`].
     pub fn load(
         weights: &Weights<'_>,
         name: &str,
         vocabulary: usize,
         width: usize,
     ) -> std::result::Result<Self, LoadError> {
-        let (rows, _) = weights
-            .pp(name)
-            .vocab_parallel("weight", vocabulary, width)?;
+        let weights = weights.pp(name);
+        let (rows, _) = weights.vocab_parallel("weight", vocabulary, width);
         Ok(Self {
-            rows,
+            rows: rows.matrix()?,
             communicator: weights.communicator(),
         })
     }

@@ -3,21 +3,55 @@
 use crate::kernels::linear::linear;
 use crate::model::LoadError;
 use crate::parallel::Communicator;
+use crate::quant::Matrix;
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
 
-/// A projection whose output is shared among ranks, or whole on each.
+/// A projection that every rank holds and computes whole.
+#[derive(Debug)]
+pub struct ReplicatedLinear {
+    weight: Matrix,
+}
+
+impl ReplicatedLinear {
+    /// Loads `name.weight`, `[output, input]`.
+    ///
+    /// # Errors
+    /// As [`crate::weights::Part::matrix`].
+    pub fn load(
+        weights: &Weights<'_>,
+        name: &str,
+        output: usize,
+        input: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        let weight = weights
+            .pp(name)
+            .replicated("weight", &[output, input])
+            .matrix()?;
+        Ok(Self { weight })
+    }
+
+    /// `x · Wᵀ`: (t, input) → (t, output).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight)
+    }
+}
+
+/// A projection whose output is shared among ranks.
 #[derive(Debug)]
 pub struct ColumnParallelLinear {
-    weight: Tensor,
+    weight: Matrix,
 }
 
 impl ColumnParallelLinear {
     /// Loads `name.weight`, `[parts · width, input]`, sharing whole parts.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::matrix`].
     pub fn load(
         weights: &Weights<'_>,
         name: &str,
@@ -31,14 +65,17 @@ impl ColumnParallelLinear {
     /// Loads `name.weight` made of several blocks of `(parts, width)`, each shared on its own.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::matrix`].
     pub fn load_blocks(
         weights: &Weights<'_>,
         name: &str,
         blocks: &[(usize, usize)],
         input: usize,
     ) -> std::result::Result<Self, LoadError> {
-        let weight = weights.pp(name).split_columns("weight", blocks, &[input])?;
+        let weight = weights
+            .pp(name)
+            .split_columns("weight", blocks, &[input])
+            .matrix()?;
         Ok(Self { weight })
     }
 
@@ -51,18 +88,16 @@ impl ColumnParallelLinear {
     }
 
     /// Width of the own output.
-    ///
-    /// # Errors
-    /// Never for a loaded layer: its weight is a matrix.
-    pub fn width(&self) -> Result<usize> {
-        Ok(self.weight.dims2()?.0)
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.weight.rows()
     }
 }
 
 /// A projection whose input is shared among ranks; its partial results are summed over them.
 #[derive(Debug)]
 pub struct RowParallelLinear {
-    weight: Tensor,
+    weight: Matrix,
     communicator: Arc<dyn Communicator>,
 }
 
@@ -70,7 +105,7 @@ impl RowParallelLinear {
     /// Loads `name.weight`, `[output, parts · width]`, sharing whole parts.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::matrix`].
     pub fn load(
         weights: &Weights<'_>,
         name: &str,
@@ -80,7 +115,8 @@ impl RowParallelLinear {
     ) -> std::result::Result<Self, LoadError> {
         let weight = weights
             .pp(name)
-            .row_parallel("weight", output, parts, width)?;
+            .row_parallel("weight", output, parts, width)
+            .matrix()?;
         Ok(Self {
             weight,
             communicator: weights.communicator(),
@@ -92,6 +128,14 @@ impl RowParallelLinear {
     /// # Errors
     /// When an operation on the device or between ranks fails.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.communicator.all_reduce(&linear(x, &self.weight)?)
+        self.communicator.all_reduce(&self.partial(x)?)
+    }
+
+    /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub fn partial(&self, x: &Tensor) -> Result<Tensor> {
+        linear(x, &self.weight)
     }
 }

@@ -18,14 +18,14 @@ impl RmsNorm {
     /// Loads `name.weight`, `[width]`.
     ///
     /// # Errors
-    /// As [`Weights::replicated`].
+    /// As [`crate::weights::Part::tensor`].
     pub fn load(
         weights: &Weights<'_>,
         name: &str,
         width: usize,
         eps: f32,
     ) -> std::result::Result<Self, LoadError> {
-        let weight = weights.pp(name).replicated("weight", &[width])?;
+        let weight = weights.pp(name).replicated("weight", &[width]).tensor()?;
         let scale = weight
             .to_vec1::<f32>()?
             .into_iter()

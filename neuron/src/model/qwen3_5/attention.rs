@@ -1,13 +1,14 @@
 //! Full attention with an output gate.
 
+use super::Pass;
 use super::config::Config;
 use crate::kernels::attention::attention;
 use crate::kernels::{sigmoid, with_f32};
-use crate::memory::{KvCache, LayerState, SequenceState};
+use crate::memory::{KvCache, LayerState};
+use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
 use crate::model::layers::norm::RmsNorm;
 use crate::model::layers::rope::RotaryEmbedding;
-use crate::model::{Batch, LoadError};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 
@@ -39,8 +40,8 @@ impl Attention {
         let k_proj = ColumnParallelLinear::load(weights, "k_proj", kv_heads, dim, hidden)?;
         let v_proj = ColumnParallelLinear::load(weights, "v_proj", kv_heads, dim, hidden)?;
         Ok(Self {
-            heads: q_proj.width()? / (2 * dim),
-            kv_heads: k_proj.width()? / dim,
+            heads: q_proj.width() / (2 * dim),
+            kv_heads: k_proj.width() / dim,
             head_dim: dim,
             q_proj,
             k_proj,
@@ -57,8 +58,7 @@ impl Attention {
         &self,
         x: &Tensor,
         layer: usize,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
+        pass: &mut Pass<'_, '_>,
     ) -> Result<Tensor> {
         let dim = self.head_dim;
         let (mut queries, gates) =
@@ -69,12 +69,11 @@ impl Attention {
         self.k_norm.in_place(&mut keys);
         let (q_row, kv_row) = (self.heads * dim, self.kv_heads * dim);
         let mut attended = Vec::with_capacity(queries.len());
-        for segment in &batch.segments {
-            let state = &mut *states[segment.state];
-            let start = state.len;
-            let LayerState::Attention(cache) = &mut state.layers[layer] else {
+        for segment in &pass.batch.segments {
+            let LayerState::Attention(cache) = &mut pass.states[segment.state].layers[layer] else {
                 candle_core::bail!("layer {layer} keeps keys and values, its state does not");
             };
+            let start = cache.len(dim); // positions count from 0 in each sequence
             for (offset, row) in segment.rows.clone().enumerate() {
                 self.rope
                     .rotate(&mut queries[row * q_row..][..q_row], dim, start + offset);
@@ -92,7 +91,7 @@ impl Attention {
         for (x, gate) in attended.iter_mut().zip(&gates) {
             *x *= sigmoid(*gate);
         }
-        let rows = batch.ids.len();
+        let rows = pass.batch.ids.len();
         self.o_proj
             .forward(&Tensor::from_vec(attended, (rows, q_row), x.device())?)
     }

@@ -1,11 +1,18 @@
 //! `config.json`, flat or nested, old keys or new → one checked [`Config`].
 
 use crate::model::LoadError;
+use crate::weights::GroupedHeads;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
-/// Architectures read here.
-pub(crate) const MODEL_TYPES: [&str; 2] = ["qwen3_5", "qwen3_5_text"];
+/// Architectures read here: dense, with experts, and the generation before, which has either.
+pub(crate) const MODEL_TYPES: [&str; 5] = [
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+];
 
 /// Which mixer a layer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -17,13 +24,37 @@ pub(crate) enum LayerKind {
     FullAttention,
 }
 
+/// What a layer is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Layer {
+    /// Its mixer.
+    pub(crate) kind: LayerKind,
+    /// Whether its feed-forward block is a mixture of experts.
+    pub(crate) sparse: bool,
+}
+
+/// Sizes of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Experts {
+    pub(crate) num_experts: usize,
+    pub(crate) num_experts_per_tok: usize,
+    pub(crate) moe_intermediate_size: usize,
+    pub(crate) shared_expert_intermediate_size: usize,
+    pub(crate) norm_topk_prob: bool,
+}
+
 /// The sizes of a model, checked.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) vocab_size: usize,
     pub(crate) hidden_size: usize,
+    /// Of dense blocks; 0 where every block has experts.
     pub(crate) intermediate_size: usize,
-    pub(crate) layers: Vec<LayerKind>,
+    pub(crate) layers: Vec<Layer>,
+    /// Of sparse blocks.
+    pub(crate) experts: Option<Experts>,
+    /// Whether the checkpoint may have a layer that drafts the token after next.
+    pub(crate) drafts: bool,
     pub(crate) num_attention_heads: usize,
     pub(crate) num_key_value_heads: usize,
     pub(crate) head_dim: usize,
@@ -51,8 +82,11 @@ struct File {
 /// The text model's keys; defaults are those of the reference class where it has safe ones.
 #[derive(Deserialize)]
 struct Text {
+    /// Of the text model itself, when it is nested.
+    model_type: Option<String>,
     vocab_size: usize,
     hidden_size: usize,
+    #[serde(default)]
     intermediate_size: usize,
     num_hidden_layers: usize,
     num_attention_heads: usize,
@@ -79,9 +113,26 @@ struct Text {
     rope_scaling: Option<serde_json::Value>,
     rope_theta: Option<f64>,
     partial_rotary_factor: Option<f64>,
+    #[serde(default)]
+    num_experts: usize,
+    #[serde(default)]
+    num_experts_per_tok: usize,
+    #[serde(default)]
+    moe_intermediate_size: usize,
+    #[serde(default)]
+    shared_expert_intermediate_size: usize,
+    norm_topk_prob: Option<bool>,
+    #[serde(default = "default_sparse_step")]
+    decoder_sparse_step: usize,
+    #[serde(default)]
+    mlp_only_layers: Vec<usize>,
+    #[serde(default)]
+    mtp_num_hidden_layers: usize,
+    #[serde(default)]
+    mtp_use_dedicated_embeddings: bool,
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, Clone)]
 struct Rope {
     rope_type: Option<String>,
     rope_theta: Option<f64>,
@@ -97,11 +148,24 @@ fn default_taps() -> usize {
 fn default_interval() -> usize {
     4
 }
+fn default_sparse_step() -> usize {
+    1
+}
 fn default_eps() -> f64 {
     1e-6
 }
 
 impl Config {
+    /// Heads of the linear attention, by which some checkpoints group its weights.
+    pub(crate) fn grouped_heads(&self) -> GroupedHeads {
+        GroupedHeads {
+            key: self.linear_num_key_heads,
+            value: self.linear_num_value_heads,
+            key_dim: self.linear_key_head_dim,
+            value_dim: self.linear_value_head_dim,
+        }
+    }
+
     /// Reads `config.json` in `folder`; the sequence length is bounded by `context_length` as well.
     ///
     /// # Errors
@@ -116,10 +180,35 @@ impl Config {
         let parsed: File = serde_json::from_str(&text).map_err(json)?;
         let outer_tie = parsed.tie_word_embeddings;
         let keys = match parsed.text_config {
-            Some(keys) => keys,
+            Some(mut keys) => {
+                let outer = parsed.flat.get("model_type").and_then(|name| name.as_str());
+                keys.model_type = keys.model_type.or(outer.map(str::to_owned));
+                keys
+            }
             None => serde_json::from_value(parsed.flat).map_err(json)?,
         };
         check(keys, outer_tie, context_length, file)
+    }
+}
+
+impl Text {
+    fn model_type(&self) -> &str {
+        self.model_type.as_deref().unwrap_or_default()
+    }
+
+    fn is_next(&self) -> bool {
+        self.model_type() == "qwen3_next"
+    }
+
+    /// Whether layer `index` has experts: all of a Qwen3.5 with experts, those of Qwen3-Next that its keys leave.
+    fn is_sparse(&self, index: usize) -> bool {
+        if self.is_next() {
+            self.num_experts > 0
+                && !self.mlp_only_layers.contains(&index)
+                && (index + 1).is_multiple_of(self.decoder_sparse_step)
+        } else {
+            self.model_type().contains("_moe") && self.num_experts > 0
+        }
     }
 }
 
@@ -136,14 +225,18 @@ fn check(
             what,
         })
     };
-    let rope = text.rope_parameters.unwrap_or_default();
+    let rope = text.rope_parameters.clone().unwrap_or_default();
     if let Some(kind) = rope.rope_type.filter(|kind| kind != "default") {
         return refuse(
             "rope_parameters.rope_type",
             format!("\"{kind}\" is not built; only \"default\" is"),
         );
     }
-    if text.rope_scaling.is_some_and(|scaling| !scaling.is_null()) {
+    if text
+        .rope_scaling
+        .as_ref()
+        .is_some_and(|scaling| !scaling.is_null())
+    {
         return refuse(
             "rope_scaling",
             "scaled positions are not built; it must be null".into(),
@@ -161,7 +254,7 @@ fn check(
             "projections with a bias are not built".into(),
         );
     }
-    if let Some(act) = text.hidden_act.filter(|act| act != "silu") {
+    if let Some(act) = text.hidden_act.as_deref().filter(|act| *act != "silu") {
         return refuse(
             "hidden_act",
             format!("\"{act}\" is not built; only \"silu\" is"),
@@ -181,7 +274,6 @@ fn check(
     for (key, value) in [
         ("vocab_size", text.vocab_size),
         ("hidden_size", text.hidden_size),
-        ("intermediate_size", text.intermediate_size),
         ("num_hidden_layers", text.num_hidden_layers),
         ("head_dim", text.head_dim),
         (
@@ -189,6 +281,7 @@ fn check(
             text.linear_conv_kernel_dim.saturating_sub(1),
         ),
         ("full_attention_interval", text.full_attention_interval),
+        ("decoder_sparse_step", text.decoder_sparse_step),
         ("linear_key_head_dim", text.linear_key_head_dim),
         ("linear_value_head_dim", text.linear_value_head_dim),
         ("max_position_embeddings", text.max_position_embeddings),
@@ -213,11 +306,10 @@ fn check(
             return refuse(key, format!("{many} heads cannot share {few}"));
         }
     }
-    let interval = text.full_attention_interval;
-    let layers = text.layer_types.unwrap_or_else(|| {
+    let kinds = text.layer_types.clone().unwrap_or_else(|| {
         (1..=text.num_hidden_layers)
             .map(|place| {
-                if place.is_multiple_of(interval) {
+                if place.is_multiple_of(text.full_attention_interval) {
                     LayerKind::FullAttention
                 } else {
                     LayerKind::LinearAttention
@@ -225,14 +317,53 @@ fn check(
             })
             .collect()
     });
-    if layers.len() != text.num_hidden_layers {
+    if kinds.len() != text.num_hidden_layers {
         return refuse(
             "layer_types",
-            format!(
-                "names {} layers of {}",
-                layers.len(),
-                text.num_hidden_layers
+            format!("names {} layers of {}", kinds.len(), text.num_hidden_layers),
+        );
+    }
+    let layers: Vec<Layer> = kinds
+        .into_iter()
+        .enumerate()
+        .map(|(index, kind)| Layer {
+            kind,
+            sparse: text.is_sparse(index),
+        })
+        .collect();
+    if layers.iter().any(|layer| layer.sparse) {
+        for (key, value) in [
+            ("num_experts_per_tok", text.num_experts_per_tok),
+            ("moe_intermediate_size", text.moe_intermediate_size),
+            (
+                "shared_expert_intermediate_size",
+                text.shared_expert_intermediate_size,
             ),
+        ] {
+            if value == 0 {
+                return refuse(key, "is missing or 0, and there are experts".into());
+            }
+        }
+        if text.num_experts_per_tok > text.num_experts {
+            return refuse(
+                "num_experts_per_tok",
+                format!(
+                    "is {} of {} experts",
+                    text.num_experts_per_tok, text.num_experts
+                ),
+            );
+        }
+    }
+    if layers.iter().any(|layer| !layer.sparse) && text.intermediate_size == 0 {
+        return refuse(
+            "intermediate_size",
+            "is missing or 0, and there are layers without experts".into(),
+        );
+    }
+    if text.mtp_use_dedicated_embeddings {
+        return refuse(
+            "mtp_use_dedicated_embeddings",
+            "an embedding of its own for drafts is not built".into(),
         );
     }
     let own = text.max_position_embeddings;
@@ -240,6 +371,15 @@ fn check(
         vocab_size: text.vocab_size,
         hidden_size: text.hidden_size,
         intermediate_size: text.intermediate_size,
+        experts: layers.iter().any(|layer| layer.sparse).then_some(Experts {
+            num_experts: text.num_experts,
+            num_experts_per_tok: text.num_experts_per_tok,
+            moe_intermediate_size: text.moe_intermediate_size,
+            shared_expert_intermediate_size: text.shared_expert_intermediate_size,
+            // an option of Qwen3-Next alone; Qwen3.5 always does it
+            norm_topk_prob: !text.is_next() || text.norm_topk_prob.unwrap_or(true),
+        }),
+        drafts: text.mtp_num_hidden_layers > 0,
         layers,
         num_attention_heads: text.num_attention_heads,
         num_key_value_heads: text.num_key_value_heads,

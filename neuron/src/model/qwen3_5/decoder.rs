@@ -1,12 +1,14 @@
 //! One layer: `h += mixer(norm(h)); h += mlp(norm(h))`.
 
+use super::Pass;
 use super::attention::Attention;
-use super::config::{Config, LayerKind};
+use super::config::{Config, Layer, LayerKind};
 use super::gated_delta_net::GatedDeltaNet;
 use super::mlp::Mlp;
-use crate::memory::{LayerState, SequenceState};
+use super::moe::SparseMoeBlock;
+use crate::memory::LayerState;
+use crate::model::LoadError;
 use crate::model::layers::norm::RmsNorm;
-use crate::model::{Batch, LoadError};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 
@@ -16,7 +18,14 @@ pub(super) struct DecoderLayer {
     input_layernorm: RmsNorm,
     mixer: Mixer,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    mlp: FeedForward,
+}
+
+/// What works on each token alone.
+#[derive(Debug)]
+enum FeedForward {
+    Dense(Mlp),
+    Sparse(SparseMoeBlock),
 }
 
 /// What mixes a token with those before it.
@@ -29,13 +38,13 @@ enum Mixer {
 impl DecoderLayer {
     pub(super) fn load(
         config: &Config,
-        index: usize,
+        layer: Layer,
         weights: &Weights<'_>,
     ) -> std::result::Result<Self, LoadError> {
         let norm = |name| RmsNorm::load(weights, name, config.hidden_size, config.rms_norm_eps);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            mixer: match config.kind(index) {
+            mixer: match layer.kind {
                 LayerKind::FullAttention => {
                     Mixer::Full(Attention::load(config, &weights.pp("self_attn"))?)
                 }
@@ -44,7 +53,16 @@ impl DecoderLayer {
                 }
             },
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(config, &weights.pp("mlp"))?,
+            mlp: match config.experts {
+                Some(sizes) if layer.sparse => {
+                    let block = SparseMoeBlock::load(config, sizes, &weights.pp("mlp"))?;
+                    FeedForward::Sparse(block)
+                }
+                _ => {
+                    let width = config.intermediate_size;
+                    FeedForward::Dense(Mlp::load(config, width, &weights.pp("mlp"))?)
+                }
+            },
         })
     }
 
@@ -53,17 +71,20 @@ impl DecoderLayer {
         &self,
         hidden: &Tensor,
         index: usize,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
+        pass: &mut Pass<'_, '_>,
     ) -> Result<Tensor> {
         let normed = self.input_layernorm.forward(hidden)?;
         let mixed = match &self.mixer {
-            Mixer::Full(attention) => attention.forward(&normed, index, batch, states)?,
-            Mixer::Linear(delta_net) => delta_net.forward(&normed, index, batch, states)?,
+            Mixer::Full(attention) => attention.forward(&normed, index, pass)?,
+            Mixer::Linear(delta_net) => delta_net.forward(&normed, index, pass)?,
         };
         let hidden = (hidden + mixed)?;
         let normed = self.post_attention_layernorm.forward(&hidden)?;
-        &hidden + self.mlp.forward(&normed)?
+        &hidden
+            + match &self.mlp {
+                FeedForward::Dense(mlp) => mlp.forward(&normed)?,
+                FeedForward::Sparse(block) => block.forward(&normed, index, pass)?,
+            }
     }
 
     pub(super) fn new_state(&self) -> LayerState {

@@ -1,13 +1,14 @@
 //! Linear attention: a gated delta net.
 
+use super::Pass;
 use super::config::Config;
 use crate::kernels::causal_conv::causal_conv;
 use crate::kernels::delta_rule::{Heads, delta_rule};
 use crate::kernels::norm::gated_rms_norm;
 use crate::kernels::{sigmoid, with_f32};
-use crate::memory::{DeltaState, LayerState, SequenceState};
+use crate::memory::{DeltaState, LayerState};
+use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
-use crate::model::{Batch, LoadError};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 
@@ -50,14 +51,16 @@ impl GatedDeltaNet {
             |name, width| ColumnParallelLinear::load(weights, name, value_heads, width, hidden);
         let by_head = |name| -> std::result::Result<Vec<f32>, LoadError> {
             Ok(weights
-                .column_parallel(name, value_heads, 1, &[])?
+                .column_parallel(name, value_heads, 1, &[])
+                .tensor()?
                 .to_vec1()?)
         };
         let conv1d = weights
             .pp("conv1d")
-            .split_columns("weight", &blocks, &[1, taps])?; // (channels, 1, taps)
+            .split_columns("weight", &blocks, &[1, taps])
+            .tensor()?; // (channels, 1, taps)
         let in_proj_z = column("in_proj_z", value_dim)?;
-        let value = in_proj_z.width()? / value_dim;
+        let value = in_proj_z.width() / value_dim;
         let key = (conv1d.dims()[0] - value * value_dim) / (2 * key_dim);
         Ok(Self {
             in_proj_qkv: ColumnParallelLinear::load_blocks(
@@ -75,7 +78,8 @@ impl GatedDeltaNet {
             dt_bias: by_head("dt_bias")?,
             norm: weights
                 .pp("norm")
-                .replicated("weight", &[value_dim])?
+                .replicated("weight", &[value_dim])
+                .tensor()?
                 .to_vec1()?,
             eps: config.rms_norm_eps,
             out_proj: RowParallelLinear::load(weights, "out_proj", hidden, value_heads, value_dim)?,
@@ -93,8 +97,7 @@ impl GatedDeltaNet {
         &self,
         x: &Tensor,
         layer: usize,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
+        pass: &mut Pass<'_, '_>,
     ) -> Result<Tensor> {
         let heads = self.heads;
         let (value, channels) = (heads.value, heads.channels());
@@ -108,9 +111,9 @@ impl GatedDeltaNet {
             let head = index % value;
             *a = -self.decay_rate[head] * softplus(*a + self.dt_bias[head]);
         }
-        let mut mixed = Vec::with_capacity(batch.ids.len() * value * heads.value_dim);
-        for segment in &batch.segments {
-            let LayerState::Delta(state) = &mut states[segment.state].layers[layer] else {
+        let mut mixed = Vec::with_capacity(pass.batch.ids.len() * value * heads.value_dim);
+        for segment in &pass.batch.segments {
+            let LayerState::Delta(state) = &mut pass.states[segment.state].layers[layer] else {
                 candle_core::bail!("layer {layer} keeps a recurrent state, its state does not");
             };
             let rows = segment.rows.clone();

@@ -1,7 +1,7 @@
 //! The feed-forward block.
 
 use super::config::Config;
-use crate::kernels::{silu, with_f32};
+use crate::kernels::swiglu;
 use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
 use crate::weights::Weights;
@@ -16,11 +16,13 @@ pub(super) struct Mlp {
 }
 
 impl Mlp {
+    /// Loads a block of `width` in the middle.
     pub(super) fn load(
         config: &Config,
+        width: usize,
         weights: &Weights<'_>,
     ) -> std::result::Result<Self, LoadError> {
-        let (hidden, width) = (config.hidden_size, config.intermediate_size);
+        let hidden = config.hidden_size;
         Ok(Self {
             gate_proj: ColumnParallelLinear::load(weights, "gate_proj", width, 1, hidden)?,
             up_proj: ColumnParallelLinear::load(weights, "up_proj", width, 1, hidden)?,
@@ -30,16 +32,17 @@ impl Mlp {
 
     /// (t, hidden) → (t, hidden)
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.down_proj.forward(&self.gated(x)?)
+    }
+
+    /// This rank's part of [`Mlp::forward`], to be summed over ranks.
+    pub(super) fn partial(&self, x: &Tensor) -> Result<Tensor> {
+        self.down_proj.partial(&self.gated(x)?)
+    }
+
+    /// (t, hidden) → (t, own width)
+    fn gated(&self, x: &Tensor) -> Result<Tensor> {
         // down( silu(gate x) ∘ (up x) )
-        let (gate, up) = (self.gate_proj.forward(x)?, self.up_proj.forward(x)?); // (t, intermediate)
-        let mut gated = with_f32(&gate, <[f32]>::to_vec)?;
-        with_f32(&up, |up| {
-            gated
-                .iter_mut()
-                .zip(up)
-                .for_each(|(g, up)| *g = silu(*g) * up)
-        })?;
-        self.down_proj
-            .forward(&Tensor::from_vec(gated, gate.shape(), x.device())?)
+        swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)
     }
 }

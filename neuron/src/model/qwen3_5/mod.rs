@@ -1,19 +1,29 @@
-//! Qwen3.5, dense: embed → (norm → gated delta net | gated attention → norm → MLP)ⁿ → norm → head.
+//! Qwen3.5 and Qwen3-Next: embed → (norm → gated delta net | gated attention → norm → MLP | experts)ⁿ → norm → head.
 
 use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
-use super::{Batch, CausalLm, LoadError, ModelError};
+use super::{Batch, CausalLm, LoadError, LoadOptions, ModelError, Seen};
 use crate::memory::SequenceState;
 use crate::weights::Weights;
 use candle_core::{Device, Result, Tensor};
-use config::{Config, LayerKind};
+use config::Config;
 use decoder::DecoderLayer;
+use mtp::MultiTokenPredictor;
 
 mod attention;
 pub(crate) mod config;
 mod decoder;
 mod gated_delta_net;
 mod mlp;
+mod moe;
+mod mtp;
+
+/// What a forward pass works on, handed down through the layers.
+struct Pass<'a, 's> {
+    batch: &'a Batch,
+    states: &'a mut [&'s mut SequenceState],
+    probe: &'a mut dyn FnMut(Seen, &Tensor),
+}
 
 /// The whole model, or one rank's part of it (Qwen3_5ForCausalLM).
 #[derive(Debug)]
@@ -23,6 +33,7 @@ pub struct Qwen3_5ForCausalLm {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     lm_head: ParallelLmHead,
+    mtp: Option<MultiTokenPredictor>,
     weight_bytes: u64,
     device: Device,
 }
@@ -35,7 +46,7 @@ impl Qwen3_5ForCausalLm {
     pub(crate) fn load(
         config: Config,
         weights: &Weights<'_>,
-        device: &Device,
+        options: &LoadOptions,
     ) -> std::result::Result<Self, LoadError> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         // multimodal files keep the text model one level down
@@ -45,14 +56,22 @@ impl Qwen3_5ForCausalLm {
             weights.pp("model")
         };
         let embed_tokens = VocabParallelEmbedding::load(&text, "embed_tokens", vocab, hidden)?;
-        let layers = (0..config.layers.len())
-            .map(|index| DecoderLayer::load(&config, index, &text.pp("layers").pp(index)))
+        let layers = config
+            .layers
+            .iter()
+            .enumerate()
+            .map(|(index, layer)| DecoderLayer::load(&config, *layer, &text.pp("layers").pp(index)))
             .collect::<std::result::Result<_, _>>()?;
         let norm = RmsNorm::load(&text, "norm", hidden, config.rms_norm_eps)?;
         let lm_head = if config.tie_word_embeddings || !weights.has("lm_head.weight") {
             embed_tokens.tied_head()
         } else {
             ParallelLmHead::load(weights, "lm_head", vocab, hidden)?
+        };
+        let mtp = if options.drafts && config.drafts && weights.has("mtp.fc.weight") {
+            Some(MultiTokenPredictor::load(&config, &weights.pp("mtp"))?)
+        } else {
+            None
         };
         let weight_bytes = weights.finish(&["model.visual.", "mtp."])?;
         Ok(Self {
@@ -61,37 +80,57 @@ impl Qwen3_5ForCausalLm {
             layers,
             norm,
             lm_head,
+            mtp,
             weight_bytes,
-            device: device.clone(),
+            device: options.device.clone(),
         })
     }
 
-    fn run(
-        &self,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(usize, &Tensor),
-    ) -> Result<Tensor> {
-        let mut hidden = self.embed_tokens.forward(&batch.ids)?; // (t, hidden)
-        probe(0, &hidden);
+    fn run(&self, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
+        let mut hidden = self.embed_tokens.forward(&pass.batch.ids)?; // (t, hidden)
+        (pass.probe)(Seen::Hidden(0), &hidden);
         for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&hidden, index, batch, states)?;
-            probe(index + 1, &hidden);
+            hidden = layer.forward(&hidden, index, pass)?;
+            (pass.probe)(Seen::Hidden(index + 1), &hidden);
         }
-        for segment in &batch.segments {
-            states[segment.state].len += segment.rows.len();
+        for segment in &pass.batch.segments {
+            pass.states[segment.state].len += segment.rows.len();
         }
-        let wanted = batch.logit_rows();
-        let count = wanted.len();
-        if count == 0 {
-            return Tensor::zeros((0, self.config.vocab_size), hidden.dtype(), &self.device);
-        }
-        if count < batch.ids.len() {
-            hidden = hidden.index_select(&Tensor::new(wanted, &self.device)?, 0)?;
+        let hidden = self.wanted(hidden, pass.batch)?;
+        if hidden.dim(0)? == 0 {
+            return self.no_logits(&hidden);
         }
         let hidden = self.norm.forward(&hidden)?; // (wanted, hidden)
-        probe(self.layers.len() + 1, &hidden);
+        (pass.probe)(Seen::HeadInput, &hidden);
         self.lm_head.forward(&hidden) // (wanted, vocab)
+    }
+
+    fn run_draft(
+        &self,
+        mtp: &MultiTokenPredictor,
+        hidden: &Tensor,
+        pass: &mut Pass<'_, '_>,
+    ) -> Result<Tensor> {
+        let embeddings = self.embed_tokens.forward(&pass.batch.ids)?; // (t, hidden)
+        let x = mtp.forward(&embeddings, hidden, self.layers.len(), pass)?;
+        let x = self.wanted(x, pass.batch)?;
+        if x.dim(0)? == 0 {
+            return self.no_logits(&x);
+        }
+        self.lm_head.forward(&x) // (wanted, vocab)
+    }
+
+    /// The rows of `hidden` that need logits.
+    fn wanted(&self, hidden: Tensor, batch: &Batch) -> Result<Tensor> {
+        let wanted = batch.logit_rows();
+        if wanted.len() == batch.ids.len() {
+            return Ok(hidden);
+        }
+        hidden.index_select(&Tensor::new(wanted, &self.device)?, 0)
+    }
+
+    fn no_logits(&self, like: &Tensor) -> Result<Tensor> {
+        Tensor::zeros((0, self.config.vocab_size), like.dtype(), &self.device)
     }
 }
 
@@ -109,38 +148,46 @@ impl CausalLm for Qwen3_5ForCausalLm {
     }
 
     fn state_bytes(&self, tokens: usize) -> u64 {
-        let per_layer = |layer: &DecoderLayer| layer.state_floats(tokens);
-        4 * self.layers.iter().map(per_layer).sum::<usize>() as u64
+        let layers = self.layers.iter().map(|layer| layer.state_floats(tokens));
+        let drafts = self.mtp.iter().map(|mtp| mtp.state_floats(tokens));
+        4 * layers.chain(drafts).sum::<usize>() as u64
     }
 
     fn new_state(&self) -> std::result::Result<SequenceState, ModelError> {
+        let layers = self.layers.iter().map(DecoderLayer::new_state);
+        let drafts = self.mtp.iter().map(MultiTokenPredictor::new_state);
         Ok(SequenceState {
             len: 0,
-            layers: self.layers.iter().map(DecoderLayer::new_state).collect(),
+            layers: layers.chain(drafts).collect(),
         })
-    }
-
-    fn forward(
-        &self,
-        batch: &Batch,
-        states: &mut [&mut SequenceState],
-    ) -> std::result::Result<Tensor, ModelError> {
-        Ok(self.run(batch, states, &mut |_, _| {})?)
     }
 
     fn forward_probed(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(usize, &Tensor),
+        probe: &mut dyn FnMut(Seen, &Tensor),
     ) -> std::result::Result<Tensor, ModelError> {
-        Ok(self.run(batch, states, probe)?)
+        Ok(self.run(&mut Pass {
+            batch,
+            states,
+            probe,
+        })?)
     }
-}
 
-impl Config {
-    /// Which mixer layer `index` has.
-    pub(crate) fn kind(&self, index: usize) -> LayerKind {
-        self.layers[index]
+    fn draft(
+        &self,
+        batch: &Batch,
+        hidden: &Tensor,
+        states: &mut [&mut SequenceState],
+    ) -> Option<std::result::Result<Tensor, ModelError>> {
+        let mtp = self.mtp.as_ref()?;
+        let probe = &mut |_, _: &Tensor| {};
+        let mut pass = Pass {
+            batch,
+            states,
+            probe,
+        };
+        Some(self.run_draft(mtp, hidden, &mut pass).map_err(Into::into))
     }
 }

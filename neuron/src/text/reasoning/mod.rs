@@ -11,4 +11,6 @@ pub enum Piece {
     Reasoning(String),
     /// The answer proper.
     Content(String),
+    /// The end of a block that was never closed, from the marker on.
+    Unclosed(String),
 }

@@ -11,6 +11,8 @@ const CLOSE: &str = "</think>";
 pub struct ThinkTags {
     place: Place,
     held: String,
+    /// From here on a thought is held until it is closed: without that it may have been something else.
+    marker: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,12 +30,13 @@ enum Place {
 }
 
 impl ThinkTags {
-    /// `open`: the prompt ended with the opening tag.
+    /// `open`: the prompt ended with the opening tag. A block that is never closed ends before `marker`.
     #[must_use]
-    pub fn new(open: bool) -> Self {
+    pub fn new(open: bool, marker: Option<&'static str>) -> Self {
         Self {
             place: if open { Place::Opened } else { Place::Start },
             held: String::new(),
+            marker,
         }
     }
 
@@ -68,7 +71,10 @@ impl ThinkTags {
             return;
         }
         out.push(match self.place {
-            Place::Opened | Place::Inside => Piece::Reasoning(held),
+            Place::Opened | Place::Inside => match self.marker {
+                Some(marker) if held.trim_start().starts_with(marker) => Piece::Unclosed(held),
+                _ => Piece::Reasoning(held),
+            },
             Place::Start | Place::Closed | Place::After => Piece::Content(held),
         });
     }
@@ -111,7 +117,12 @@ impl ThinkTags {
                     return true;
                 }
                 // Line breaks are held with the tag they may precede.
-                let settled = &self.held[..self.held.len() - open_end(&self.held, CLOSE)];
+                let mut end = self.held.len() - open_end(&self.held, CLOSE);
+                if let Some(marker) = self.marker {
+                    let begun = self.held.len() - open_end(&self.held, marker);
+                    end = end.min(self.held.find(marker).unwrap_or(begun));
+                }
+                let settled = &self.held[..end];
                 let settled = settled.trim_end_matches(['\n', '\r']).len();
                 if settled > 0 {
                     out.push(Piece::Reasoning(self.held.drain(..settled).collect()));
@@ -133,7 +144,11 @@ mod tests {
     use super::*;
 
     fn run(open: bool, pieces: &[&str]) -> (String, String) {
-        let mut machine = ThinkTags::new(open);
+        run_with(None, open, pieces)
+    }
+
+    fn run_with(marker: Option<&'static str>, open: bool, pieces: &[&str]) -> (String, String) {
+        let mut machine = ThinkTags::new(open, marker);
         let mut out = Vec::new();
         for piece in pieces {
             machine.push(piece, &mut out);
@@ -147,9 +162,32 @@ mod tests {
                     reasoning.push_str(&text);
                 }
                 Piece::Content(text) => content.push_str(&text),
+                Piece::Unclosed(text) => {
+                    assert!(marker.is_some(), "only with a marker");
+                    content.push_str("[unclosed]");
+                    content.push_str(&text);
+                }
             }
         }
         (reasoning, content)
+    }
+
+    #[test]
+    fn a_thought_is_held_from_the_marker_on_until_it_is_closed() {
+        for (text, reasoning, content) in [
+            ("hm <call> x</think>y", "hm <call> x", "y"),
+            ("hm\n<call> x", "hm", "[unclosed]\n<call> x"),
+            ("hm <cal", "hm <cal", ""),
+            ("<call>", "", "[unclosed]<call>"),
+        ] {
+            for first in 0..=text.len() {
+                for second in first..=text.len() {
+                    let pieces = [&text[..first], &text[first..second], &text[second..]];
+                    let got = run_with(Some("<call>"), true, &pieces);
+                    assert_eq!(got, (reasoning.into(), content.into()), "{pieces:?}");
+                }
+            }
+        }
     }
 
     #[test]

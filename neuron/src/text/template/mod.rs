@@ -23,6 +23,8 @@ pub struct Conversation<'a> {
     pub messages: &'a [Message],
     /// The tools the model may call.
     pub tools: &'a [Tool],
+    /// End with the beginning of an answer.
+    pub add_generation_prompt: bool,
     /// Variables the request gives the template, the thinking switch among them.
     pub variables: &'a serde_json::Map<String, serde_json::Value>,
 }
@@ -90,7 +92,10 @@ impl ChatTemplate {
         if !conversation.tools.is_empty() {
             set("tools", json(&conversation.tools));
         }
-        set("add_generation_prompt", true.into());
+        set(
+            "add_generation_prompt",
+            conversation.add_generation_prompt.into(),
+        );
         if let Some(token) = &self.bos_token {
             set("bos_token", token.as_str().into());
         }
@@ -174,6 +179,7 @@ mod tests {
         template.render(&Conversation {
             messages: &messages,
             tools: &tools,
+            add_generation_prompt: true,
             variables: &variables,
         })
     }

@@ -1,135 +1,146 @@
 //! The form of Qwen3.5 and Qwen3-Coder:
 //! `<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>`.
 
-use super::{Call, Piece};
-use crate::text::open_end;
+use super::{Block, Call};
+use crate::text::grammar::{lark_json, lark_text};
 use protocol::chat::Tool;
 use serde_json::{Map, Value};
-use std::sync::Arc;
 
-const OPEN: &str = "<tool_call>";
-const CLOSE: &str = "</tool_call>";
-
-/// Finds calls in text that comes in pieces. A block that is no call is given as text: nothing is lost.
-#[derive(Debug)]
-pub struct QwenXml {
-    tools: Arc<[Tool]>,
-    inside: bool,
-    /// White space before a call belongs to the form, not to the text, and so does all of it after the first.
-    called: bool,
-    held: String,
-}
-
-impl QwenXml {
-    /// A parser that types values by the schemas of `tools`.
-    #[must_use]
-    pub fn new(tools: Arc<[Tool]>) -> Self {
-        Self {
-            tools,
-            inside: false,
-            called: false,
-            held: String::new(),
-        }
-    }
-
-    /// Takes the next piece and appends what it settles.
-    pub fn push(&mut self, piece: &str, out: &mut Vec<Piece>) {
-        self.held.push_str(piece);
-        while self.advance(out) {}
-    }
-
-    /// Settles what was held back: the text has ended. A call that lacks only its last tag counts.
-    pub fn finish(&mut self, out: &mut Vec<Piece>) {
-        let held = std::mem::take(&mut self.held);
-        if self.inside {
-            match self.parse(&held) {
-                Some(call) => out.push(Piece::Call(call)),
-                None => out.push(Piece::Content(format!("{OPEN}{held}"))),
-            }
-            return;
-        }
-        let belongs_to_the_form = self.called && held.trim().is_empty();
-        if !held.is_empty() && !belongs_to_the_form {
-            out.push(Piece::Content(held));
-        }
-    }
-
-    /// One move of the machine over `held`; false when it needs more text.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
-        if self.inside {
-            let Some(at) = self.held.find(CLOSE) else {
-                return false;
-            };
-            let block: String = self.held.drain(..at + CLOSE.len()).collect();
-            self.inside = false;
-            match self.parse(&block[..at]) {
-                Some(call) => {
-                    self.called = true;
-                    out.push(Piece::Call(call));
-                }
-                None => out.push(Piece::Content(format!("{OPEN}{block}"))),
-            }
-            return true;
-        }
-        let tag = self.held.find(OPEN);
-        let settled = match tag {
-            Some(at) => at,
-            None => self.held.len() - open_end(&self.held, OPEN),
+/// What the inside of a block is.
+pub(super) fn parse(block: &str, tools: &[Tool]) -> Block {
+    let Some(body) = block.trim().strip_prefix("<function=") else {
+        return Block::Text;
+    };
+    let Some((name, body)) = body.split_once('>') else {
+        return Block::Text;
+    };
+    let name = name.trim();
+    let Some(tool) = tools.iter().find(|tool| tool.function.name == name) else {
+        return Block::Text;
+    };
+    let mut body = body.trim_start();
+    let mut arguments = Map::new();
+    while let Some(rest) = body.strip_prefix("<parameter=") {
+        let Some((key, rest)) = rest.split_once('>') else {
+            return Block::Text;
         };
-        let text = self.held[..settled].trim_end();
-        if !text.is_empty() {
-            out.push(Piece::Content(text.to_owned()));
-        }
-        match tag {
-            Some(at) => {
-                self.held.drain(..at + OPEN.len());
-                self.inside = true;
-                true
-            }
-            None => {
-                // The white space stays: a call may follow it.
-                self.held.drain(..text.len());
-                false
-            }
-        }
+        let Some((value, rest)) = rest.split_once("</parameter>") else {
+            // A value may hold the tag that would end the block.
+            return Block::Open;
+        };
+        // One line break on each side belongs to the form; the rest is the value's own.
+        let value = value.strip_prefix('\n').unwrap_or(value);
+        let value = value.strip_suffix('\n').unwrap_or(value);
+        arguments.insert(key.to_owned(), typed(value, &kinds_of(tool, key)));
+        body = rest.trim_start();
     }
-
-    /// The call in the inside of a block, if it is one of a tool we gave the model.
-    fn parse(&self, block: &str) -> Option<Call> {
-        let body = block.trim().strip_prefix("<function=")?;
-        let (name, body) = body.split_once('>')?;
-        let name = name.trim();
-        let tool = self.tools.iter().find(|tool| tool.function.name == name)?;
-        let mut body = body.trim_start();
-        let mut arguments = Map::new();
-        while let Some(rest) = body.strip_prefix("<parameter=") {
-            let (key, rest) = rest.split_once('>')?;
-            let (value, rest) = rest.split_once("</parameter>")?;
-            // One line break on each side belongs to the form; the rest is the value's own.
-            let value = value.strip_prefix('\n').unwrap_or(value);
-            let value = value.strip_suffix('\n').unwrap_or(value);
-            let schema = tool
-                .function
-                .parameters
-                .as_ref()
-                .and_then(|schema| schema.get("properties")?.get(key));
-            arguments.insert(key.to_owned(), typed(value, schema));
-            body = rest.trim_start();
-        }
-        (body.trim_end() == "</function>").then(|| Call {
-            name: name.to_owned(),
-            arguments: Value::Object(arguments).to_string(),
-        })
+    if body.trim_end() != "</function>" {
+        return Block::Text;
     }
+    Block::Call(Call {
+        name: name.to_owned(),
+        arguments: Value::Object(arguments).to_string(),
+    })
 }
 
-/// The value that `text` stands for under `schema`; the text itself where it fits no other type.
-fn typed(text: &str, schema: Option<&Value>) -> Value {
-    let mut types = Vec::new();
-    if let Some(schema) = schema {
-        allowed_types(schema, &mut types);
+fn properties(tool: &Tool) -> Option<&Map<String, Value>> {
+    let parameters = tool.function.parameters.as_ref()?;
+    parameters.get("properties")?.as_object()
+}
+
+/// The types that the schema of parameter `key` allows; none where it says nothing.
+fn kinds_of<'a>(tool: &'a Tool, key: &str) -> Vec<&'a str> {
+    let mut kinds = Vec::new();
+    if let (Some(root), Some(properties)) = (&tool.function.parameters, properties(tool))
+        && let Some(schema) = properties.get(key)
+    {
+        add_kinds(schema, root, &mut Vec::new(), &mut kinds);
     }
-    if types.is_empty() {
+    kinds
+}
+
+/// The inside of a block as rules of a Lark grammar, of which `start` is the name of the first. Parameters come in the
+/// schema's order; those it does not require may be left out.
+pub(super) fn rules(start: &str, tool: &Tool) -> String {
+    let schema = tool.function.parameters.as_ref();
+    let required: Vec<&str> = schema
+        .and_then(|schema| schema.get("required")?.as_array())
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    let close = lark_text("</function>\n");
+    if schema.is_some_and(|schema| schema.get("properties").is_none()) {
+        // Any object: parameters of any name, each with text of any kind.
+        let open = lark_text(&format!("\n<function={}>\n", tool.function.name));
+        return format!(
+            "{start}: {open} {start}_any* {close}\n\
+             {start}_any[suffix=\"\\n</parameter>\\n\"]: /<parameter=[^>\\n]+>\\n(?s:.*)/\n"
+        );
+    }
+    let mut body = lark_text(&format!("\n<function={}>\n", tool.function.name));
+    let mut rules = String::new();
+    for (index, (key, value)) in properties(tool).into_iter().flatten().enumerate() {
+        let name = format!("{start}_{index}");
+        let open = lark_text(&format!("<parameter={key}>\n"));
+        let optional = if required.contains(&key.as_str()) {
+            ""
+        } else {
+            "?"
+        };
+        body.push_str(&format!(" {name}{optional}"));
+        let close = lark_text("\n</parameter>\n");
+        let kinds = kinds_of(tool, key);
+        let root = schema.unwrap_or(&Value::Null);
+        if let Some(values) = literals(resolved(value, root)) {
+            rules.push_str(&format!("{name}: {open} ({values}) {close}\n"));
+        } else if kinds.is_empty() || kinds.contains(&"string") {
+            // Text is written without quotes: whatever it is, up to the closing tag.
+            rules.push_str(&format!(
+                "{name}: {open} {name}_value\n{name}_value[suffix={close}]: /(?s:.*)/\n"
+            ));
+        } else {
+            let value = lark_json(with_definitions(value, schema));
+            rules.push_str(&format!(
+                "{name}: {open} {name}_value {close}\n{name}_value: {value}\n"
+            ));
+        }
+    }
+    format!("{start}: {body} {close}\n{rules}")
+}
+
+/// The only values a schema allows, if it lists them, as alternatives of a rule.
+fn literals(schema: &Value) -> Option<String> {
+    let values = match (schema.get("const"), schema.get("enum")) {
+        (Some(value), _) => std::slice::from_ref(value),
+        (None, Some(values)) => values.as_array()?.as_slice(),
+        (None, None) => return None,
+    };
+    let written = values.iter().map(|value| match value {
+        Value::String(text) => lark_text(text),
+        other => lark_text(&other.to_string()),
+    });
+    let written: Vec<String> = written.collect();
+    (!written.is_empty()).then(|| written.join(" | "))
+}
+
+/// A parameter's schema, together with what the tool's schema defines for it.
+fn with_definitions(value: &Value, tool: Option<&Value>) -> Value {
+    let mut value = value.clone();
+    for name in ["$defs", "definitions"] {
+        if let (Some(value), Some(definitions)) = (
+            value.as_object_mut(),
+            tool.and_then(|schema| schema.get(name)),
+        ) {
+            value.insert(name.into(), definitions.clone());
+        }
+    }
+    value
+}
+
+/// The value that `text` stands for where these types are allowed; the text itself where it is of none of them.
+fn typed(text: &str, kinds: &[&str]) -> Value {
+    if kinds.iter().all(|kind| *kind == "string") {
         return Value::String(text.to_owned());
     }
     let parsed = match text.trim() {
@@ -140,148 +151,70 @@ fn typed(text: &str, schema: Option<&Value>) -> Value {
         other => serde_json::from_str(other).ok(),
     };
     match parsed {
-        Some(value) if types.iter().any(|kind| is_of_type(&value, kind)) => value,
+        // A string has no quotes in this form, so what parses as one is not meant as one.
+        Some(value) if !value.is_string() && kinds.iter().any(|kind| is_of(&value, kind)) => value,
         _ => Value::String(text.to_owned()),
     }
 }
 
-/// The types, strings apart, that `schema` allows: strings need no parsing.
-fn allowed_types<'a>(schema: &'a Value, types: &mut Vec<&'a str>) {
+/// What a reference within `root` stands for; a schema without one is itself.
+fn resolved<'a>(mut schema: &'a Value, root: &'a Value) -> &'a Value {
+    /// A reference to a reference and so on; past this it is a circle.
+    const MOST_STEPS: usize = 16;
+    for _ in 0..MOST_STEPS {
+        let reference = schema.get("$ref").and_then(Value::as_str);
+        let target = reference.and_then(|reference| root.pointer(reference.strip_prefix('#')?));
+        match target {
+            Some(target) => schema = target,
+            None => break,
+        }
+    }
+    schema
+}
+
+/// Adds the types that `schema` allows. What was `seen` is not looked at again: schemas may refer to each other in circles.
+fn add_kinds<'a>(
+    schema: &'a Value,
+    root: &'a Value,
+    seen: &mut Vec<&'a Value>,
+    kinds: &mut Vec<&'a str>,
+) {
+    let schema = resolved(schema, root);
+    if seen.iter().any(|known| std::ptr::eq(*known, schema)) {
+        return;
+    }
+    seen.push(schema);
     match schema.get("type") {
-        Some(Value::String(kind)) => types.push(kind),
-        Some(Value::Array(kinds)) => types.extend(kinds.iter().filter_map(Value::as_str)),
-        _ => {}
+        Some(Value::String(kind)) => kinds.push(kind),
+        Some(Value::Array(all)) => kinds.extend(all.iter().filter_map(Value::as_str)),
+        _ => {
+            let listed = schema.get("enum").and_then(Value::as_array);
+            let listed = listed.into_iter().flatten().chain(schema.get("const"));
+            kinds.extend(listed.map(|value| -> &'a str { kind_of(value) }));
+        }
     }
     for choice in ["anyOf", "oneOf"] {
-        if let Some(Value::Array(schemas)) = schema.get(choice) {
-            for schema in schemas {
-                allowed_types(schema, types);
-            }
+        let schemas = schema.get(choice).and_then(Value::as_array);
+        for schema in schemas.into_iter().flatten() {
+            add_kinds(schema, root, seen, kinds);
         }
     }
-    types.retain(|kind| *kind != "string");
 }
 
-fn is_of_type(value: &Value, kind: &str) -> bool {
+fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
+}
+
+fn is_of(value: &Value, kind: &str) -> bool {
     match kind {
         "integer" => value.is_i64() || value.is_u64(),
-        "number" => value.is_number(),
-        "boolean" => value.is_boolean(),
-        "null" => value.is_null(),
-        "array" => value.is_array(),
-        "object" => value.is_object(),
-        _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn tools() -> Arc<[Tool]> {
-        serde_json::from_value::<Vec<Tool>>(json!([{
-            "type": "function",
-            "function": {"name": "find", "parameters": {"type": "object", "properties": {
-                "text": {"type": "string"},
-                "limit": {"type": "integer"},
-                "deep": {"type": ["boolean", "null"]},
-                "where": {"anyOf": [{"type": "object"}, {"type": "array"}]},
-            }}},
-        }, {"type": "function", "function": {"name": "now"}}]))
-        .unwrap()
-        .into()
-    }
-
-    fn run(pieces: &[&str]) -> (String, Vec<(String, String)>) {
-        let mut machine = QwenXml::new(tools());
-        let mut out = Vec::new();
-        for piece in pieces {
-            machine.push(piece, &mut out);
-        }
-        machine.finish(&mut out);
-        let (mut text, mut calls) = (String::new(), Vec::new());
-        for piece in out {
-            match piece {
-                Piece::Content(content) => text.push_str(&content),
-                Piece::Call(call) => calls.push((call.name, call.arguments)),
-            }
-        }
-        (text, calls)
-    }
-
-    fn check(source: &str, text: &str, calls: &[(&str, Value)]) {
-        for first in 0..=source.len() {
-            for second in [first, first + 1, first + 7, source.len()] {
-                let second = second.min(source.len());
-                if !source.is_char_boundary(first) || !source.is_char_boundary(second) {
-                    continue;
-                }
-                let pieces = [&source[..first], &source[first..second], &source[second..]];
-                let (got_text, got_calls) = run(&pieces);
-                assert_eq!(got_text, text, "{pieces:?}");
-                let wanted: Vec<_> = calls
-                    .iter()
-                    .map(|(name, arguments)| ((*name).to_owned(), arguments.to_string()))
-                    .collect();
-                assert_eq!(got_calls, wanted, "{pieces:?}");
-            }
-        }
-        let letters: Vec<String> = source.chars().map(String::from).collect();
-        let letters: Vec<&str> = letters.iter().map(String::as_str).collect();
-        assert_eq!(run(&letters), run(&[source]), "letter by letter: {source}");
-    }
-
-    #[test]
-    fn a_call_is_found_at_every_split_and_its_values_are_typed() {
-        check(
-            "I look.\n\n<tool_call>\n<function=find>\n<parameter=text>\nline 1\n\nline <3>é\n</parameter>\n<parameter=limit>\n5\n</parameter>\n<parameter=deep>\nTrue\n</parameter>\n<parameter=where>\n{\"a\": [1]}\n</parameter>\n</function>\n</tool_call>",
-            "I look.",
-            &[(
-                "find",
-                json!({"text": "line 1\n\nline <3>é", "limit": 5, "deep": true, "where": {"a": [1]}}),
-            )],
-        );
-    }
-
-    #[test]
-    fn several_calls_are_several_and_none_leaks() {
-        let call = "<tool_call>\n<function=now>\n</function>\n</tool_call>";
-        check(
-            &format!("{call}\n{call}\n"),
-            "",
-            &[("now", json!({})), ("now", json!({}))],
-        );
-    }
-
-    #[test]
-    fn a_value_that_does_not_fit_its_type_stays_text() {
-        check(
-            "<tool_call><function=find><parameter=limit>many</parameter><parameter=text>5</parameter><parameter=other>7</parameter></function></tool_call>",
-            "",
-            &[("find", json!({"limit": "many", "text": "5", "other": "7"}))],
-        );
-    }
-
-    #[test]
-    fn what_is_no_call_is_given_as_text() {
-        for text in [
-            "<tool_call>\nnot a call\n</tool_call> and more",
-            "<tool_call>\n<function=unknown>\n</function>\n</tool_call>",
-            "<tool_call>\n<function=find>\n<parameter=text>\ncut",
-            "a < b, <tool_c",
-            "white space \n stays \n",
-        ] {
-            check(text, text, &[]);
-        }
-    }
-
-    #[test]
-    fn a_call_that_lacks_only_its_last_tag_counts() {
-        check(
-            "<tool_call>\n<function=now>\n</function>\n",
-            "",
-            &[("now", json!({}))],
-        );
+        kind => kind_of(value) == kind,
     }
 }

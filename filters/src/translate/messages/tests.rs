@@ -1,0 +1,517 @@
+//! The tables held true, transcripts there and back, and streams of every shape.
+
+use super::{Messages, rows};
+use crate::translate::fields::Fate;
+use crate::translate::{Answer, Translated, Translation, Translator};
+use crate::{Body, Exchange};
+use bytes::Bytes;
+use protocol::chat::{ChatChunk, ChatRequest, Content, Message, Part};
+use protocol::sse::{Decoder, Event};
+use protocol::{ApiError, ErrorKind};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+fn to_chat(request: &Value) -> Result<ChatRequest, ApiError> {
+    let exchange = Exchange::open(&http::Request::new(()).into_parts().0);
+    let (chat, _) = Messages.request(request.to_string().as_bytes(), &exchange)?;
+    Ok(chat)
+}
+
+fn translate(request: &Value) -> Result<Value, ApiError> {
+    let chat = to_chat(request)?;
+    Ok(serde_json::to_value(chat).expect("it serialises"))
+}
+
+fn plain() -> Value {
+    json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]})
+}
+
+/// Whether `name` is a key anywhere in `value`.
+fn has_key(value: &Value, name: &str) -> bool {
+    match value {
+        Value::Object(map) => {
+            map.contains_key(name) || map.values().any(|inner| has_key(inner, name))
+        }
+        Value::Array(list) => list.iter().any(|inner| has_key(inner, name)),
+        _ => false,
+    }
+}
+
+#[test]
+fn every_row_of_the_table_is_true() {
+    let before = translate(&plain()).expect("a plain request");
+    for row in rows() {
+        let sample: Map<String, Value> = serde_json::from_str(row.sample)
+            .unwrap_or_else(|error| panic!("{}: {error}", row.name));
+        let mut request = plain();
+        request
+            .as_object_mut()
+            .expect("an object")
+            .extend(sample.clone());
+        let after = translate(&request);
+        match row.fate {
+            Fate::Honoured(_) | Fate::Accepted(_) => {
+                after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
+            }
+            Fate::Becomes(target) => {
+                let after = after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
+                let key = target.rsplit('.').next().expect("a last word");
+                assert_ne!(after, before, "{} changes nothing", row.name);
+                assert!(has_key(&after, key), "{}: no {key} in {after}", row.name);
+            }
+            Fate::Refused(_) => {
+                let error = after.expect_err(row.name);
+                assert_eq!(error.kind, ErrorKind::InvalidRequest, "{}", row.name);
+                let param = error.param.expect("a refusal names its field");
+                assert!(
+                    error.message.starts_with(&param),
+                    "{}: {}",
+                    row.name,
+                    error.message
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_named_by_its_place() {
+    let cases = [
+        (json!({"max_tokens": null}), "max_tokens"),
+        (json!({"max_tokens": "x"}), "max_tokens"),
+        (json!({"messages": null}), "messages"),
+        (json!({"messages": "hi"}), "messages"),
+        (
+            json!({"messages": [{"role": "user", "content": 7}]}),
+            "messages.0.content",
+        ),
+        (
+            json!({"messages": [{"role": "robot", "content": "x"}]}),
+            "messages.0.role",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+            "messages.0.content.0.text",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}),
+            "messages.0.content.0.text",
+        ),
+        (
+            json!({"messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "t", "input": 3}]},
+                {"role": "user", "content": "x"},
+            ]}),
+            "messages.0.content.0.input",
+        ),
+        (json!({"stop": ["x"]}), "stop"),
+        (json!({"thinking": {"type": "sometimes"}}), "thinking.type"),
+        (
+            json!({"output_config": {"effort": "huge"}}),
+            "output_config.effort",
+        ),
+    ];
+    for (patch, place) in cases {
+        let mut request = plain();
+        request
+            .as_object_mut()
+            .expect("an object")
+            .extend(patch.as_object().expect("an object").clone());
+        let error = translate(&request).expect_err(place);
+        assert_eq!(error.kind, ErrorKind::InvalidRequest, "{patch}");
+        let param = error.param.as_deref().unwrap_or_default();
+        assert!(
+            place.starts_with(param) && !param.is_empty(),
+            "{place}: {error}"
+        );
+        assert!(error.message.starts_with(param), "{error}");
+    }
+}
+
+#[test]
+fn what_nobody_here_knows_goes_on_to_the_node() {
+    let mut request = plain();
+    request["seed"] = 7.into();
+    request["mirostat"] = json!({"tau": 1});
+    let chat = translate(&request).expect("translates");
+    assert_eq!(
+        (&chat["seed"], &chat["mirostat"]),
+        (&json!(7), &json!({"tau": 1}))
+    );
+}
+
+#[test]
+fn a_nodes_refusal_names_the_field_as_the_caller_knows_it() {
+    for (chat, here) in [
+        ("response_format", "output_config.format"),
+        ("stop", "stop_sequences"),
+        ("tools[2].function.strict", "tools.2.strict"),
+        ("messages[3].content", "messages"),
+        ("temperature", "temperature"),
+    ] {
+        let error = Messages.refusal(ApiError::invalid(chat, "no"));
+        assert_eq!(error.param.as_deref(), Some(here));
+    }
+}
+
+// === there and back
+
+/// Turns of a chat as the blocks that this API would show: what `request` did, undone.
+fn turns_of(messages: &[Message]) -> Vec<Value> {
+    let mut turns: Vec<Value> = Vec::new();
+    for message in messages {
+        let mut blocks = Vec::new();
+        if let Some(thinking) = &message.reasoning_content {
+            blocks.push(json!({"type": "thinking", "thinking": thinking, "signature": ""}));
+        }
+        if message.role == "tool" {
+            let texts = texts_of(message.content.as_ref());
+            let failed = texts[0].starts_with("Error: ");
+            let content: Vec<Value> = texts
+                .iter()
+                .map(|text| json!({"type": "text", "text": text.trim_start_matches("Error: ")}))
+                .collect();
+            blocks.push(json!({
+                "type": "tool_result", "tool_use_id": message.tool_call_id,
+                "content": content, "is_error": failed,
+            }));
+        } else if let Some(Content::Parts(parts)) = &message.content {
+            blocks.extend(parts.iter().map(|part| match part {
+                Part::Text { text } => json!({"type": "text", "text": text}),
+                Part::ImageUrl { image_url } => {
+                    json!({"type": "image", "source": {"type": "url", "url": image_url.url}})
+                }
+            }));
+        } else if let Some(Content::Text(text)) = &message.content {
+            blocks.push(json!({"type": "text", "text": text}));
+        }
+        for call in message.tool_calls.iter().flatten() {
+            let input: Value = serde_json::from_str(&call.function.arguments).expect("an object");
+            blocks.push(json!({
+                "type": "tool_use", "id": call.id, "name": call.function.name, "input": input,
+            }));
+        }
+        let role = if message.role == "tool" {
+            "user"
+        } else {
+            &message.role
+        };
+        match turns.last_mut().filter(|turn| turn["role"] == role) {
+            Some(turn) => turn["content"]
+                .as_array_mut()
+                .expect("a list")
+                .append(&mut blocks),
+            None => turns.push(json!({"role": role, "content": blocks})),
+        }
+    }
+    turns
+}
+
+fn texts_of(content: Option<&Content>) -> Vec<String> {
+    match content {
+        None => Vec::new(),
+        Some(Content::Text(text)) => vec![text.clone()],
+        Some(Content::Parts(parts)) => parts
+            .iter()
+            .map(|part| match part {
+                Part::Text { text } => text.clone(),
+                Part::ImageUrl { .. } => panic!("tool messages have only text"),
+            })
+            .collect(),
+    }
+}
+
+fn word(random: &mut StdRng) -> String {
+    let words = [
+        "Bern",
+        "snow \"deep\"",
+        "ü🦀",
+        "a\nb",
+        "<think>",
+        "x\\y",
+        " ",
+        "{}",
+    ];
+    (*words.choose(random).expect("some")).to_owned()
+}
+
+/// A conversation as this API's clients build it: questions, answers with thinking and calls, results.
+fn transcript(random: &mut StdRng) -> Vec<Value> {
+    let mut turns = Vec::new();
+    for _ in 0..random.random_range(1..4) {
+        let mut blocks = vec![json!({"type": "text", "text": word(random)})];
+        if random.random_bool(0.3) {
+            blocks.push(json!({"type": "image", "source": {"type": "url", "url": "https://x/y"}}));
+            blocks.push(json!({"type": "text", "text": word(random)}));
+        }
+        turns.push(json!({"role": "user", "content": blocks}));
+        let mut blocks = Vec::new();
+        if random.random_bool(0.5) {
+            let thinking = format!("t{}", word(random));
+            blocks.push(json!({"type": "thinking", "thinking": thinking, "signature": ""}));
+        }
+        for _ in 0..random.random_range(1..3) {
+            blocks.push(json!({"type": "text", "text": word(random)}));
+        }
+        let calls = random.random_range(0..3);
+        for call in 0..calls {
+            let input = json!({"place": word(random), "n": random.random::<i64>()});
+            let id = format!("c{}-{call}", turns.len());
+            blocks.push(json!({"type": "tool_use", "id": id, "name": "look", "input": input}));
+        }
+        turns.push(json!({"role": "assistant", "content": blocks}));
+        if calls > 0 {
+            let results: Vec<Value> = (0..calls)
+                .map(|call| {
+                    let texts: Vec<Value> = (0..random.random_range(1..3))
+                        .map(|_| json!({"type": "text", "text": word(random)}))
+                        .collect();
+                    json!({
+                        "type": "tool_result", "tool_use_id": format!("c{}-{call}", turns.len() - 1),
+                        "content": texts, "is_error": random.random_bool(0.3),
+                    })
+                })
+                .collect();
+            turns.push(json!({"role": "user", "content": results}));
+            turns
+                .push(json!({"role": "assistant", "content": [{"type": "text", "text": "Well."}]}));
+        }
+    }
+    turns.push(json!({"role": "user", "content": [{"type": "text", "text": "And?"}]}));
+    turns
+}
+
+#[test]
+fn a_transcript_keeps_every_block_there_and_back() {
+    for seed in 0..300 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let turns = transcript(&mut random);
+        let mut request = plain();
+        request["messages"] = turns.clone().into();
+        let chat = to_chat(&request).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_eq!(
+            Value::from(turns_of(&chat.messages)),
+            Value::from(turns),
+            "seed {seed}"
+        );
+    }
+}
+
+// === streams
+
+fn text_chunk(key: &str, text: &str) -> Value {
+    json!({"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {key: text}}]})
+}
+
+fn call_chunk(index: u32, head: Option<(&str, &str)>, arguments: &str) -> Value {
+    let mut call = json!({"index": index, "function": {"arguments": arguments}});
+    if let Some((id, name)) = head {
+        call["id"] = id.into();
+        call["function"]["name"] = name.into();
+    }
+    json!({"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]})
+}
+
+/// What a stream says in the end: each block's kind, and its text or arguments.
+type Said = Vec<(String, String)>;
+
+/// Any sequence of chunks an upstream may send, and what it says: text and thinking in turns, calls one after the other
+/// or in each other's way, empty pieces, usage early or late.
+fn chunks(random: &mut StdRng) -> (Vec<Value>, Said) {
+    let mut chunks = vec![text_chunk("role", "assistant")];
+    let mut said: Said = Vec::new();
+    for _ in 0..random.random_range(0..6) {
+        let (key, kind) = *[("content", "text"), ("reasoning_content", "thinking")]
+            .choose(random)
+            .expect("two");
+        for _ in 0..random.random_range(1..4) {
+            let text = if random.random_bool(0.2) {
+                String::new()
+            } else {
+                word(random)
+            };
+            chunks.push(text_chunk(key, &text));
+            match said.last_mut().filter(|(last, _)| last == kind) {
+                _ if text.is_empty() => {}
+                Some((_, sum)) => *sum += &text,
+                None => said.push((kind.into(), text)),
+            }
+        }
+        if random.random_bool(0.1) {
+            chunks.push(json!({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6}}));
+        }
+    }
+    let calls = random.random_range(0..4u32);
+    let mut pieces: Vec<Vec<Value>> = (0..calls)
+        .map(|index| {
+            let arguments = json!({"a": word(random), "b": [1, {"c": null}]}).to_string();
+            let (id, name) = (format!("call_{index}"), format!("tool{index}"));
+            said.push((format!("tool_use {id} {name}"), arguments.clone()));
+            let mut pieces = vec![call_chunk(index, Some((&id, &name)), "")];
+            let mut rest = arguments.as_str();
+            while !rest.is_empty() {
+                let mut end = random.random_range(1..=rest.len());
+                while !rest.is_char_boundary(end) {
+                    end += 1;
+                }
+                pieces.push(call_chunk(index, None, &rest[..end]));
+                rest = &rest[end..];
+            }
+            pieces.reverse();
+            pieces
+        })
+        .collect();
+    let mixed = random.random_bool(0.4);
+    // calls begin in order; mixed ones go on in any
+    let mut begun = 0;
+    while pieces.iter().any(|pieces| !pieces.is_empty()) {
+        let open: Vec<usize> = (0..pieces.len())
+            .filter(|at| !pieces[*at].is_empty())
+            .collect();
+        let mut at = open[0];
+        if mixed {
+            at = *open.choose(random).expect("some");
+            at = at.min(begun);
+            if pieces[at].is_empty() {
+                at = open[0];
+            }
+        }
+        begun = begun.max(at + 1);
+        chunks.extend(pieces[at].pop());
+    }
+    let finish = if calls > 0 { "tool_calls" } else { "stop" };
+    chunks.push(json!({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}));
+    chunks.push(json!({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}}));
+    (chunks, said)
+}
+
+/// Puts a stream together as the SDKs do, and is stricter about its order.
+fn accumulate(stream: &[u8]) -> Said {
+    let mut events = Vec::new();
+    Decoder::new(1 << 20)
+        .feed(stream, &mut events)
+        .expect("short events");
+    let mut said: Said = Vec::new();
+    let mut open = false;
+    let mut last = "";
+    let events: Vec<Value> = events
+        .into_iter()
+        .map(|event| match event {
+            Event::Message { name, data } => {
+                let value: Value = serde_json::from_slice(&data).expect("JSON");
+                assert_eq!(value["type"], name.as_str());
+                value
+            }
+            Event::Comment(comment) => panic!("a comment: {comment:?}"),
+        })
+        .collect();
+    for event in &events {
+        let kind = event["type"].as_str().expect("a type");
+        match kind {
+            "message_start" => assert_eq!(last, "", "it comes first, once"),
+            "content_block_start" => {
+                assert!(!open && !last.is_empty(), "blocks follow one another");
+                assert_eq!(event["index"], said.len());
+                open = true;
+                let block = &event["content_block"];
+                let mut kind = block["type"].as_str().expect("a type").to_owned();
+                if kind == "tool_use" {
+                    kind += &format!(
+                        " {} {}",
+                        block["id"].as_str().expect("an id"),
+                        block["name"].as_str().expect("a name")
+                    );
+                }
+                said.push((kind, String::new()));
+            }
+            "content_block_delta" => {
+                assert!(open, "a piece is of an open block");
+                assert_eq!(event["index"], said.len() - 1);
+                let (block, sum) = said.last_mut().expect("one is open");
+                let delta = &event["delta"];
+                let piece = match delta["type"].as_str().expect("a type") {
+                    "text_delta" if block == "text" => &delta["text"],
+                    "thinking_delta" if block == "thinking" => &delta["thinking"],
+                    "signature_delta" if block == "thinking" => &delta["signature"],
+                    "input_json_delta" if block.starts_with("tool_use") => &delta["partial_json"],
+                    other => panic!("a {other} in a {block} block"),
+                };
+                *sum += piece.as_str().expect("a string");
+            }
+            "content_block_stop" => {
+                assert!(std::mem::replace(&mut open, false));
+                assert_eq!(event["index"], said.len() - 1);
+            }
+            "message_delta" => assert!(!open && last != "message_delta"),
+            "message_stop" => assert_eq!(last, "message_delta"),
+            other => panic!("an event of type {other}"),
+        }
+        last = kind;
+    }
+    assert_eq!(last, "message_stop");
+    said
+}
+
+/// The chunks as an upstream may write them, cut anywhere.
+fn pieces(random: &mut StdRng, chunks: &[Value]) -> Vec<Bytes> {
+    let mut text = Vec::new();
+    for chunk in chunks {
+        let end = *["\n", "\r\n"].choose(random).expect("two");
+        if random.random_bool(0.1) {
+            text.extend_from_slice(b": usage {\"prompt_tokens\":1}\n\n");
+        }
+        text.extend_from_slice(format!("data: {chunk}{end}{end}").as_bytes());
+    }
+    text.extend_from_slice(b"data: [DONE]\n\n");
+    let mut rest = Bytes::from(text);
+    let mut pieces = Vec::new();
+    while !rest.is_empty() {
+        let longest = rest
+            .len()
+            .min(*[3, 90, 2000].choose(random).expect("three"));
+        pieces.push(rest.split_to(random.random_range(1..=longest)));
+    }
+    pieces
+}
+
+#[tokio::test]
+async fn any_sequence_of_chunks_gives_a_stream_in_order_that_says_the_same() {
+    for seed in 0..2000 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let (chunks, said) = chunks(&mut random);
+        let pieces = pieces(&mut random, &chunks).into_iter().map(Ok);
+        let upstream = Body::stream(futures::stream::iter(pieces));
+        let translated = Translated::new(upstream, Box::new(Messages).stream());
+        let out = Body::stream(translated)
+            .collect(1 << 20)
+            .await
+            .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let heard = std::panic::catch_unwind(|| accumulate(&out))
+            .unwrap_or_else(|_| panic!("seed {seed}: {}", String::from_utf8_lossy(&out)));
+        assert_eq!(heard, said, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_call_is_streamed_as_it_comes() {
+    let mut translator = Box::new(Messages).stream();
+    let mut out = Vec::new();
+    let mut feed = |chunk: Value, translator: &mut Box<dyn Translator>| {
+        out.clear();
+        let chunk: ChatChunk = serde_json::from_value(chunk).expect("a chunk");
+        translator.chunk(&chunk, &mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    };
+    feed(call_chunk(0, Some(("a", "t")), ""), &mut translator);
+    let piece = feed(call_chunk(0, None, "{\"x\":"), &mut translator);
+    assert!(piece.contains(r#""partial_json":"{\"x\":""#), "{piece}");
+    let early = feed(call_chunk(1, Some(("b", "t")), "{}"), &mut translator);
+    assert!(early.is_empty(), "the first call is not complete: {early}");
+    let late = feed(call_chunk(0, None, "1}"), &mut translator);
+    assert!(
+        late.contains("content_block_stop") && late.contains(r#""id":"b""#),
+        "{late}"
+    );
+}

@@ -1,0 +1,155 @@
+//! The feed-forward block with experts.
+
+use super::config::{Config, Experts};
+use super::mlp::Mlp;
+use super::{Pass, Seen};
+use crate::kernels::{add_scaled, sigmoid, with_f32};
+use crate::model::LoadError;
+use crate::model::layers::linear::ReplicatedLinear;
+use crate::parallel::Communicator;
+use crate::weights::Weights;
+use candle_core::{Result, Tensor};
+use std::sync::Arc;
+
+/// A few experts for each token, and one for all (Qwen3_5MoeSparseMoeBlock). Every rank routes every token and holds a
+/// part of the width of every expert.
+#[derive(Debug)]
+pub(super) struct SparseMoeBlock {
+    gate: ReplicatedLinear,
+    experts: Vec<Mlp>,
+    shared_expert: Mlp,
+    shared_expert_gate: ReplicatedLinear,
+    per_token: usize,
+    norm_topk_prob: bool,
+    communicator: Arc<dyn Communicator>,
+}
+
+/// A token at an expert.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Visit {
+    row: usize,
+    weight: f32,
+}
+
+impl SparseMoeBlock {
+    pub(super) fn load(
+        config: &Config,
+        sizes: Experts,
+        weights: &Weights<'_>,
+    ) -> std::result::Result<Self, LoadError> {
+        let hidden = config.hidden_size;
+        let expert = |index| {
+            let weights = weights.pp("experts").pp(index);
+            Mlp::load(config, sizes.moe_intermediate_size, &weights)
+        };
+        Ok(Self {
+            gate: ReplicatedLinear::load(weights, "gate", sizes.num_experts, hidden)?,
+            experts: (0..sizes.num_experts)
+                .map(expert)
+                .collect::<std::result::Result<_, _>>()?,
+            shared_expert: Mlp::load(
+                config,
+                sizes.shared_expert_intermediate_size,
+                &weights.pp("shared_expert"),
+            )?,
+            shared_expert_gate: ReplicatedLinear::load(weights, "shared_expert_gate", 1, hidden)?,
+            per_token: sizes.num_experts_per_tok,
+            norm_topk_prob: sizes.norm_topk_prob,
+            communicator: weights.communicator(),
+        })
+    }
+
+    /// (t, hidden) → (t, hidden); `layer` is shown to the probe with the router's logits.
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        layer: usize,
+        pass: &mut Pass<'_, '_>,
+    ) -> Result<Tensor> {
+        let logits = self.gate.forward(x)?; // (t, experts)
+        (pass.probe)(Seen::Router(layer), &logits);
+        let visits = with_f32(&logits, |logits| self.route(logits))?;
+        // Σ weight · expert(x)  +  sigmoid(shared_expert_gate x) · shared_expert(x)
+        let mut sum = with_f32(&self.shared_expert.partial(x)?, <[f32]>::to_vec)?; // (t, hidden)
+        let (_, hidden) = x.dims2()?;
+        with_f32(&self.shared_expert_gate.forward(x)?, |gates| {
+            for (row, gate) in sum.chunks_exact_mut(hidden).zip(gates) {
+                let gate = sigmoid(*gate);
+                row.iter_mut().for_each(|x| *x *= gate);
+            }
+        })?;
+        for (expert, visits) in self.experts.iter().zip(&visits) {
+            if visits.is_empty() {
+                continue;
+            }
+            let own = with_f32(x, |x| {
+                let rows = visits
+                    .iter()
+                    .map(|visit| &x[visit.row * hidden..][..hidden]);
+                rows.flatten().copied().collect::<Vec<f32>>()
+            })?;
+            let own = Tensor::from_vec(own, (visits.len(), hidden), x.device())?;
+            with_f32(&expert.partial(&own)?, |out| {
+                for (visit, out) in visits.iter().zip(out.chunks_exact(hidden)) {
+                    add_scaled(&mut sum[visit.row * hidden..][..hidden], visit.weight, out);
+                }
+            })?;
+        }
+        self.communicator
+            .all_reduce(&Tensor::from_vec(sum, x.shape(), x.device())?)
+    }
+
+    /// The rows that go to each expert, from `(t, experts)` logits.
+    fn route(&self, logits: &[f32]) -> Vec<Vec<Visit>> {
+        let count = self.experts.len();
+        let mut visits = vec![Vec::new(); count];
+        for (row, logits) in logits.chunks_exact(count).enumerate() {
+            for (expert, weight) in choose(logits, self.per_token, self.norm_topk_prob) {
+                visits[expert].push(Visit { row, weight });
+            }
+        }
+        visits
+    }
+}
+
+/// The `count` likeliest experts with their weights: softmax over all, and where `normed` divided by their sum.
+fn choose(logits: &[f32], count: usize, normed: bool) -> Vec<(usize, f32)> {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut weights: Vec<(usize, f32)> = logits
+        .iter()
+        .map(|logit| (logit - top).exp())
+        .enumerate()
+        .collect();
+    let all: f32 = weights.iter().map(|(_, weight)| weight).sum();
+    // of equals the first, as the reference has it
+    weights.sort_by(|a, b| b.1.total_cmp(&a.1));
+    weights.truncate(count);
+    let chosen: f32 = weights.iter().map(|(_, weight)| weight).sum();
+    let divisor = if normed { chosen } else { all };
+    for (_, weight) in &mut weights {
+        *weight /= divisor;
+    }
+    weights
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_experts_are_chosen_and_weighed() {
+        let logits = [0.0, 2f32.ln(), 1f32.ln(), 4f32.ln()]; // weights 1, 2, 1, 4 of 8
+        let near = |found: Vec<(usize, f32)>, expected: [(usize, f32); 3]| {
+            for ((expert, weight), expected) in found.iter().zip(expected) {
+                assert_eq!(*expert, expected.0, "{found:?}");
+                assert!((weight - expected.1).abs() < 1e-6, "{found:?}");
+            }
+        };
+        near(choose(&logits, 3, false), [(3, 0.5), (1, 0.25), (0, 0.125)]);
+        near(
+            choose(&logits, 3, true),
+            [(3, 4.0 / 7.0), (1, 2.0 / 7.0), (0, 1.0 / 7.0)],
+        );
+        near(choose(&[-1e30, 3.0, 900.0], 1, false), [(2, 1.0); 3]);
+    }
+}
