@@ -9,7 +9,8 @@ import talk
 import tools
 from words import Pools
 
-WITHOUT_TOOLS = {
+# How often each kind is drawn in the first cycle of training.
+FIRST = {
     talk.fact: 22,
     talk.several: 16,
     talk.sum_of_two: 6,
@@ -26,8 +27,6 @@ WITHOUT_TOOLS = {
     talk.unknown: 2,
     talk.thinking_fact: 4,
     talk.thinking_sum: 3,
-}
-WITH_TOOLS = {
     tools.conversation: 16,
     tools.single_call: 16,
     tools.single_result: 5,
@@ -36,20 +35,19 @@ WITH_TOOLS = {
     tools.thinking_call: 3,
     tools.with_system: 3,
 }
+# Then more copying, which is learnt slowest.
+SECOND = FIRST | {talk.fact: 14, talk.several: 8, talk.repeating: 10, talk.json_object: 6, tools.single_call: 30, tools.no_call: 3, tools.thinking_call: 2}
+WITH_TOOLS = {kind for kind in FIRST if kind.__module__ == tools.__name__}
 
 
-def conversation(rng):
-    """One training conversation: messages and tools."""
-    kinds = WITHOUT_TOOLS | WITH_TOOLS
-    (kind,) = rng.choices(list(kinds), list(kinds.values()))
-    drawn = kind(Pools(rng))
-    return drawn if kind in WITH_TOOLS else (drawn, [])
-
-
-def conversations(seed):
+def conversations(mixture, seed):
+    """Training conversations for ever: messages and tools."""
     rng = random.Random(seed)
+    kinds, shares = list(mixture), list(mixture.values())
     while True:
-        yield conversation(rng)
+        (kind,) = rng.choices(kinds, shares)
+        drawn = kind(Pools(rng))
+        yield drawn if kind in WITH_TOOLS else (drawn, [])
 
 
 HELD_OUT = {
@@ -65,14 +63,13 @@ HELD_OUT = {
     "held-out French": talk.in_french,
     "held-out thinking": talk.thinking_sum,
 }
-TOOL_KINDS = (tools.single_call, tools.single_result)
 
 
 def held_out(kind, count, seed=1):
     """`count` conversations of one held-out kind."""
     draw, rng = HELD_OUT[kind], random.Random(f"{kind} {seed}")
     pools = Pools(rng, held_out=True)
-    return [draw(pools) if draw in TOOL_KINDS else (draw(pools), []) for _ in range(count)]
+    return [draw(pools) if draw in WITH_TOOLS else (draw(pools), []) for _ in range(count)]
 
 
 def held_out_paraphrases():
@@ -88,7 +85,7 @@ def trained_questions():
 if __name__ == "__main__":
     from chat import render
 
-    source = conversations(0)
+    source = conversations(FIRST, seed=0)
     for _ in range(12):
         print(render(*next(source)), "-" * 60, sep="\n")
     for kind in HELD_OUT:

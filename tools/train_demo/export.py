@@ -11,3 +11,4 @@ def export(model, path):
         for name, value in sorted(model.state_dict().items())
     }
     save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it readable by its owner alone

@@ -22,6 +22,7 @@ OUT = FOLDER.parents[1] / "tests" / "fixtures" / "models" / "demo" / "golden.saf
 GREEDY = 32
 CLEAR = 0.02  # smallest lead of a chosen token over the next, so that rounding cannot change the choice
 FULL_LOGITS_UP_TO = 30  # longer prompts keep only the last row
+LARGEST = 500.0  # hidden states with larger values are left out: their rounding alone is beyond an absolute tolerance
 
 
 def prompts(coder):
@@ -102,7 +103,8 @@ def main():
             golden[f"{key}/mtp_logits"] = draft_logits(ids)
     key = f"len{lengths[2]}"
     seen, cache = hidden_states(model, golden[f"{key}/input_ids"].tolist())
-    golden |= {f"{key}/{name}": value for name, value in (seen | state(model.config, cache)).items()}
+    kept = {name: value for name, value in (seen | state(model.config, cache)).items() if value.abs().max() <= LARGEST}
+    golden |= {f"{key}/{name}": value for name, value in kept.items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.clone().contiguous() for name, value in golden.items()}, OUT)
     print(f"{OUT}: prompts of {', '.join(map(str, lengths))} tokens, {OUT.stat().st_size / 1e6:.2f} MB")

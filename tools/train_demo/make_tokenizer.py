@@ -13,7 +13,7 @@ from collections import Counter
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chat import render
-from corpus import conversations
+from corpus import FIRST, conversations
 from model import FOLDER
 from words import CITIES, COLOURS, CONDITIONS, FOLDERS, NAMES, WORDS
 
@@ -78,7 +78,7 @@ def spaced_words(texts, vocabulary):
 
 
 def make():
-    texts = [render(*drawn) for drawn in itertools.islice(conversations(seed=0), SAMPLE)]
+    texts = [render(*drawn) for drawn in itertools.islice(conversations(FIRST, seed=0), SAMPLE)]
     vocabulary, merges = learnt_merges(texts)
     for word in spaced_words(texts, vocabulary):
         vocabulary[SPACE + word] = len(vocabulary)

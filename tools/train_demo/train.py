@@ -20,10 +20,12 @@ from model import FOLDER, CausalLm, Config, padded
 from optimizer import optimizers, set_rate
 
 SEED = 2026
-CYCLES = ((1720, 1.0), (1600, 0.6))  # steps, and the share of the full rates at which they are made
-HEAD_CYCLES = ((500, 1.0),)
+CYCLES = (  # steps, their share of the full rates, the share of them in which the rates fall to nothing, what is drawn
+    (1600, 1.0, 0.25, corpus.FIRST),
+    (1600, 0.6, 0.25, corpus.SECOND),
+)
+HEAD_STEPS = 500
 WARM_UP = 60  # steps at the start of a cycle over which the rates rise
-DECAY = 0.3  # of a cycle, at its end, over which they fall to nothing: only then is a model good
 BATCH_TOKENS = 2560  # padding included
 BLOCK = 512  # conversations that are sorted by length together
 LONGEST = 512  # longer conversations are left out
@@ -31,9 +33,9 @@ CONTEXT_SHARE = 0.15  # of a prompt's tokens that are predicted at all
 EVERY = 200  # steps between two scores
 
 
-def batches(coder, seed):
+def batches(coder, mixture, seed):
     """Batches of lessons of similar length, for ever."""
-    drawn = corpus.conversations(seed)
+    drawn = corpus.conversations(mixture, seed)
     order = random.Random(seed)
     while True:
         lessons = [coder.lesson(*next(drawn)) for _ in range(BLOCK)]
@@ -134,13 +136,14 @@ def score(model, coder):
     return " ".join(f"{name} {exact_answers(model, coder, drawn):.2f}" for name, drawn in sets.items())
 
 
-def rates(cycles):
-    """The share of the full rates at each step: up, level, and down to nothing in each cycle."""
-    return [peak * min((step + 1) / WARM_UP, 1.0, (steps - step) / (DECAY * steps)) for steps, peak in cycles for step in range(steps)]
+def rate(step, steps, decay):
+    """The share of the full rate: up, level, and down to nothing."""
+    return min((step + 1) / WARM_UP, 1.0, (steps - step) / (decay * steps))
 
 
-def fit(model, module, loss_of, seed, cycles, file, coder):
+def fit(model, module, loss_of, cycle, seed, file, coder):
     """Trains `module`, which is `model` or a part of it, and keeps what is needed to go on in `file`."""
+    steps, peak, decay, mixture = cycle
     both = optimizers(module)
     begin = 0
     if file.exists():
@@ -149,13 +152,13 @@ def fit(model, module, loss_of, seed, cycles, file, coder):
         for optimizer, state in zip(both, saved["optimizers"]):
             optimizer.load_state_dict(state)
         begin = saved["step"]
-    shares = rates(cycles)
-    steps = len(shares)
-    source = itertools.islice(batches(coder, seed), begin, steps)
+        if begin == steps:
+            return
+    source = itertools.islice(batches(coder, mixture, seed), begin, steps)
     seen, total, since = 0, 0.0, time.monotonic()
     for step, rows in enumerate(source, begin):
         torch.manual_seed(seed + step)
-        set_rate(both, shares[step])
+        set_rate(both, peak * rate(step, steps, decay))
         loss = loss_of(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -190,10 +193,11 @@ def main():
     model = CausalLm(Config.read(FOLDER / "config.json"))
     print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     model.mtp.requires_grad_(False)
-    fit(model, model, trunk_loss, SEED, CYCLES[: given.cycles], given.run / "trunk.pt", coder)
+    for number, cycle in enumerate(CYCLES[: given.cycles]):
+        fit(model, model, trunk_loss, cycle, SEED + number, given.run / f"trunk-{number + 1}.pt", coder)
     model.requires_grad_(False)
     model.mtp.requires_grad_(True)
-    fit(model, model.mtp, head_loss, SEED + 1, HEAD_CYCLES, given.run / "head.pt", coder)
+    fit(model, model.mtp, head_loss, (HEAD_STEPS, 1.0, 0.25, corpus.FIRST), SEED, given.run / f"head-{given.cycles}.pt", coder)
     export(model, FOLDER / "model.safetensors")
 
 
