@@ -154,8 +154,9 @@ fn every_row_of_the_table_is_true() {
                 let (after, _) = after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
                 let key = target.rsplit(['.', ']']).next().expect("a last word");
                 assert_ne!(after, before, "{} changes nothing", row.name);
-                let found = after.to_string().contains(&format!("\"{key}\":"));
-                assert!(found, "{}: no {key} in {after}", row.name);
+                let written = after.to_string();
+                let found = written.contains(&format!("\"{key}\":"));
+                assert!(found, "{}: no {key} in {written}", row.name);
             }
             Fate::Honoured(_) | Fate::Accepted(_) => {
                 after.unwrap_or_else(|error| panic!("{}: {error}", row.name));
