@@ -1,6 +1,27 @@
 //! What becomes of each field of each API. Every dialect has a table of these; `docs/dialects.md` is written from them,
 //! and tests send each row's sample.
 
+use serde_json::Value;
+
+/// A field of a request that no chat request can carry.
+pub(super) struct Unsupported {
+    pub(super) name: &'static str,
+    /// Whether a value asks for nothing, so that it can be let pass.
+    pub(super) nothing: fn(&Value) -> bool,
+    pub(super) why: &'static str,
+    pub(super) sample: &'static str,
+}
+
+/// Whether a value has nothing in it that could be asked for.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.values().all(Value::is_null),
+        _ => false,
+    }
+}
+
 /// One row: a field as its API names it.
 #[derive(Debug, Clone, Copy)]
 pub struct Field {

@@ -1,18 +1,9 @@
 //! What becomes of each field of a messages request.
 
 use crate::translate::fields::Fate::{Accepted, Becomes, Honoured, Refused};
-use crate::translate::fields::Field;
+use crate::translate::fields::{Field, Unsupported, is_empty};
 use protocol::ApiError;
 use serde_json::{Map, Value};
-
-/// A field at the top of a request that cannot be honoured.
-struct Unsupported {
-    name: &'static str,
-    /// Whether a value asks for nothing, so that it can be let pass.
-    nothing: fn(&Value) -> bool,
-    why: &'static str,
-    sample: &'static str,
-}
 
 const UNSUPPORTED: [Unsupported; 12] = [
     Unsupported {
@@ -107,15 +98,6 @@ const SPELT: [(&str, &str); 9] = [
     ),
     ("stream_options", "stream"),
 ];
-
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.values().all(Value::is_null),
-        _ => false,
-    }
-}
 
 /// Nothing is edited when every edit keeps everything.
 fn edits_nothing(value: &Value) -> bool {

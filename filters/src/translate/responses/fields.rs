@@ -1,18 +1,9 @@
 //! What becomes of each field of a responses request.
 
 use crate::translate::fields::Fate::{Accepted, Becomes, Honoured, Refused};
-use crate::translate::fields::Field;
+use crate::translate::fields::{Field, Unsupported, is_empty};
 use protocol::ApiError;
 use serde_json::{Map, Value};
-
-/// A field that cannot be honoured.
-struct Unsupported {
-    name: &'static str,
-    /// Whether a value asks for nothing, so that it can be let pass.
-    nothing: fn(&Value) -> bool,
-    why: &'static str,
-    sample: &'static str,
-}
 
 const UNSUPPORTED: [Unsupported; 10] = [
     Unsupported {
@@ -102,15 +93,6 @@ const INCLUDED: [&str; 2] = [
     // it serves to send thinking back; here thinking comes in the clear, and goes back in the clear
     "reasoning.encrypted_content",
 ];
-
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.values().all(Value::is_null),
-        _ => false,
-    }
-}
 
 /// Whether these options only say how long a cache may last.
 fn is_hint(value: &Value) -> bool {
