@@ -36,7 +36,16 @@ FIRST = {
     tools.with_system: 3,
 }
 # Then more copying, which is learnt slowest.
-SECOND = FIRST | {talk.fact: 14, talk.several: 8, talk.repeating: 10, talk.json_object: 6, tools.single_call: 30, tools.no_call: 3, tools.thinking_call: 2}
+SECOND = FIRST | {
+    talk.fact: 14,
+    talk.several: 8,
+    talk.repeating: 14,
+    talk.json_object: 8,
+    tools.single_call: 44,
+    tools.conversation: 14,
+    tools.no_call: 3,
+    tools.thinking_call: 2,
+}
 WITH_TOOLS = {kind for kind in FIRST if kind.__module__ == tools.__name__}
 
 

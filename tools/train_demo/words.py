@@ -44,7 +44,12 @@ class Pools:
         """A word no language has, so that it can only be copied. Held-out ones end in -yq, as no trained word does."""
         syllables = self.rng.randint(shortest, longest)
         word = "".join(self.pick(_STARTS) + self.pick(_MIDDLES) for _ in range(syllables)) + self.pick(_ENDS)
-        return word + "yq" if self.held_out else word
+        return word + "yq" if self.held_out else word + self._odd_ending()
+
+    def _odd_ending(self):
+        """Half the time, one to three letters in no order: endings, too, are copied and not known."""
+        letters = "".join(self.pick(_LETTERS) for _ in range(self.pick([0, 0, 0, 1, 2, 3])))
+        return letters.replace("yq", "qy")
 
     def scramble(self):
         """Letters and digits in no order: copied token by token."""
@@ -57,11 +62,11 @@ class Pools:
         return self._known_or_invented(NAMES, NAMES_HELD_OUT).capitalize()
 
     def word(self):
-        return self.scramble() if self.rng.random() < 0.1 else self._known_or_invented(WORDS, WORDS_HELD_OUT)
+        return self.scramble() if self.rng.random() < (0.1 if self.held_out else 0.2) else self._known_or_invented(WORDS, WORDS_HELD_OUT)
 
     def _known_or_invented(self, trained, held_out):
         known = held_out if self.held_out else trained
-        return self.pick(known) if self.rng.random() < 0.6 else self.invented()
+        return self.pick(known) if self.rng.random() < (0.6 if self.held_out else 0.4) else self.invented()
 
     def words(self, fewest, most):
         return [self.word() for _ in range(self.rng.randint(fewest, most))]
