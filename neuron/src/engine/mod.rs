@@ -4,6 +4,7 @@ pub mod admission;
 pub mod guide;
 pub mod metrics;
 pub mod plan;
+pub mod prefix;
 pub mod request;
 mod runner;
 pub mod sampler;
@@ -39,8 +40,19 @@ pub struct EngineConfig {
     pub admission: AdmissionLimits,
     /// Bounds on a step and on what runs.
     pub bounds: scheduler::Bounds,
+    /// What is kept of sequences that have ended.
+    pub cache: CacheConfig,
     /// How long a reader may take nothing before its request is cut.
     pub stall_limit: Duration,
+}
+
+/// How much memory what sequences leave may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Blocks of keys and values, those of running sequences included.
+    pub blocks: usize,
+    /// Bytes of saved states; with zero nothing is kept.
+    pub snapshot_bytes: u64,
 }
 
 /// The handle of a running engine. All copies speak to the same thread.

@@ -12,7 +12,7 @@ use crate::devices;
 use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::scheduler::Bounds;
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{CacheConfig, Engine, EngineConfig};
 use crate::model::{self, CausalLm, LoadError, LoadOptions};
 use folder::{FolderError, ModelText};
 use hub::HubError;
@@ -34,6 +34,10 @@ const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Share of the free memory that states may take: the rest is for activations and everything else on the host.
 const STATE_SHARE: f64 = 0.9;
+/// What is kept of ended sequences takes as much again as the running ones can, and no more.
+const KEPT: u64 = 2;
+/// Share of that memory that saved recurrent states may take; the rest is for keys and values.
+const SNAPSHOT_SHARE: u64 = 4;
 
 /// Reads a model: [`model::load`], or a fake in tests.
 pub type Loader =
@@ -381,11 +385,13 @@ impl Shared {
             progress.store(share.to_bits(), Ordering::Relaxed);
         })?;
         let context_length = model.context_length();
-        let state_bytes = devices::free_bytes(&device)
-            .map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
-        preflight::check_context(&folder, context_length, state_bytes, |tokens| {
+        let free = devices::free_bytes(&device);
+        let free = free.map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
+        let free = free.min(self.limits.state_bytes.unwrap_or(u64::MAX));
+        preflight::check_context(&folder, context_length, free, |tokens| {
             model.state_bytes(tokens)
         })?;
+        let (state_bytes, cache) = self.share(&*model, free);
         let weight_bytes = model.weight_bytes();
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
@@ -399,6 +405,7 @@ impl Shared {
                 prefill_tokens: self.limits.prefill_chunk_tokens,
                 state_bytes,
             },
+            cache,
             stall_limit: STALL_LIMIT,
         };
         let metrics = self.engine_metrics.of(&wanted.id);
@@ -411,6 +418,26 @@ impl Shared {
             devices: vec![devices::id_of(&device)],
             created: unix_seconds(),
         })
+    }
+
+    /// Shares the memory for states out: bytes of running sequences, and what is kept of those that ended.
+    fn share(&self, model: &dyn CausalLm, free: u64) -> (u64, CacheConfig) {
+        let longest = model.state_bytes(model.context_length());
+        let most = longest.saturating_mul(self.limits.max_running as u64);
+        let all = most.saturating_mul(KEPT).min(free);
+        // one sequence of full length always fits
+        let snapshot_bytes = (all / SNAPSHOT_SHARE).min(all - longest.min(all));
+        let state_bytes = all - snapshot_bytes;
+        let block_bytes = (4 * model.pool().shape().block_floats() as u64).max(1);
+        let cache = CacheConfig {
+            blocks: usize::try_from(state_bytes / block_bytes).unwrap_or(usize::MAX),
+            snapshot_bytes: if self.limits.prefix_cache {
+                snapshot_bytes
+            } else {
+                0
+            },
+        };
+        (state_bytes, cache)
     }
 
     fn forget(&self, id: &str, load: u64) {
