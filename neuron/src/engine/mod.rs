@@ -40,19 +40,10 @@ pub struct EngineConfig {
     pub admission: AdmissionLimits,
     /// Bounds on a step and on what runs.
     pub bounds: scheduler::Bounds,
-    /// What is kept of sequences that have ended.
-    pub cache: CacheConfig,
+    /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
+    pub snapshot_bytes: u64,
     /// How long a reader may take nothing before its request is cut.
     pub stall_limit: Duration,
-}
-
-/// How much memory what sequences leave may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CacheConfig {
-    /// Blocks of keys and values, those of running sequences included.
-    pub blocks: usize,
-    /// Bytes of saved states; with zero nothing is kept.
-    pub snapshot_bytes: u64,
 }
 
 /// The handle of a running engine. All copies speak to the same thread.

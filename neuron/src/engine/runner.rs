@@ -1,11 +1,11 @@
 //! Plan → Batch → logits: the only place in the engine that knows tensors, and the owner of the states.
 
+use super::metrics::ModelMetrics;
 use super::plan::Plan;
 use super::prefix::{Found, PrefixTree};
 use super::scheduler::{Begun, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
-use super::{CacheConfig, metrics::ModelMetrics};
-use crate::memory::pool::{Block, KvPool};
+use crate::memory::pool::{Block, KvPool, KvShape};
 use crate::memory::{SequenceState, Snapshot};
 use crate::model::{Batch, CausalLm, LogitRows, ModelError};
 use std::collections::HashMap;
@@ -47,15 +47,21 @@ impl Logits {
 }
 
 impl ModelRunner {
-    pub(super) fn new(model: Box<dyn CausalLm>, cache: CacheConfig, metrics: ModelMetrics) -> Self {
+    /// `blocks` is how many there may be, `snapshot_bytes` what saved states may hold; with zero nothing is kept.
+    pub(super) fn new(
+        model: Box<dyn CausalLm>,
+        blocks: usize,
+        snapshot_bytes: u64,
+        metrics: ModelMetrics,
+    ) -> Self {
         let pool = model.pool().clone();
-        pool.set_capacity(cache.blocks);
-        metrics.blocks.set(whole(cache.blocks));
+        pool.set_capacity(blocks);
+        metrics.blocks.set(whole(blocks));
         Self {
             model,
             pool,
             states: HashMap::new(),
-            prefixes: (cache.snapshot_bytes > 0).then(|| PrefixTree::new(cache.snapshot_bytes)),
+            prefixes: (snapshot_bytes > 0).then(|| PrefixTree::new(snapshot_bytes)),
             metrics,
         }
     }
@@ -149,8 +155,8 @@ impl ModelRunner {
 }
 
 impl Store for ModelRunner {
-    fn size(&self, tokens: usize) -> u64 {
-        self.model.state_bytes(tokens)
+    fn blocks(&self, tokens: usize) -> usize {
+        KvShape::blocks(tokens)
     }
 
     fn begin(&mut self, sequence: &Sequence) -> Begun {

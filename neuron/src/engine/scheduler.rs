@@ -9,8 +9,8 @@ const HEADROOM: usize = 64;
 
 /// Where the states of sequences are.
 pub trait Store {
-    /// Bytes that the state of a sequence of so many tokens holds.
-    fn size(&self, tokens: usize) -> u64;
+    /// Blocks of keys and values that a sequence of so many tokens holds.
+    fn blocks(&self, tokens: usize) -> usize;
 
     /// Gives a sequence its state, with the effect of as many of its first tokens as others have left.
     fn begin(&mut self, sequence: &Sequence) -> Begun;
@@ -41,8 +41,8 @@ pub struct Bounds {
     pub max_running: usize,
     /// Prompt tokens in one step, over all sequences.
     pub prefill_tokens: usize,
-    /// Bytes all states together may hold.
-    pub state_bytes: u64,
+    /// Blocks of keys and values all sequences together may hold.
+    pub blocks: usize,
 }
 
 impl Scheduler {
@@ -171,7 +171,7 @@ impl Scheduler {
     /// a model is loaded only where one sequence of full length fits.
     fn make_room(&mut self, store: &impl Store) -> Vec<SequenceId> {
         let mut preempted = Vec::new();
-        while self.running.len() > 1 && self.held(store) > self.bounds.state_bytes {
+        while self.running.len() > 1 && self.held(store) > self.bounds.blocks {
             let Some(mut youngest) = self.running.pop() else {
                 break;
             };
@@ -194,18 +194,18 @@ impl Scheduler {
         let twin = |other: &Sequence| {
             other.remaining() > 1 && !next.every_logit && other.tokens == next.tokens
         };
-        let wanted = store.size(next.tokens.len() + HEADROOM);
+        let wanted = store.blocks(next.tokens.len() + HEADROOM);
         self.running.len() < self.bounds.max_running
-            && self.held(store).saturating_add(wanted) <= self.bounds.state_bytes
+            && self.held(store) + wanted <= self.bounds.blocks
             && !self.running.iter().any(twin)
     }
 
     /// What the running sequences will hold after this step, prompts counted whole.
-    fn held(&self, store: &impl Store) -> u64 {
+    fn held(&self, store: &impl Store) -> usize {
         self.running
             .iter()
-            .map(|sequence| store.size(sequence.tokens.len() + 1))
-            .fold(0, u64::saturating_add)
+            .map(|sequence| store.blocks(sequence.tokens.len() + 1))
+            .sum()
     }
 }
 
@@ -226,11 +226,11 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    fn scheduler(max_running: usize, prefill_tokens: usize, state_bytes: u64) -> Scheduler {
+    fn scheduler(max_running: usize, prefill_tokens: usize, blocks: usize) -> Scheduler {
         Scheduler::new(Bounds {
             max_running,
             prefill_tokens,
-            state_bytes,
+            blocks,
         })
     }
 
@@ -254,13 +254,13 @@ mod tests {
             .collect()
     }
 
-    /// States of so many bytes a token, always begun anew.
+    /// So many blocks a token, always begun anew.
     #[derive(Clone, Copy)]
-    struct Sized(u64);
+    struct Sized(usize);
 
     impl Store for Sized {
-        fn size(&self, tokens: usize) -> u64 {
-            self.0 * tokens as u64
+        fn blocks(&self, tokens: usize) -> usize {
+            self.0 * tokens
         }
 
         fn begin(&mut self, _: &Sequence) -> Begun {
@@ -275,7 +275,7 @@ mod tests {
     struct Left(usize);
 
     impl Store for Left {
-        fn size(&self, _: usize) -> u64 {
+        fn blocks(&self, _: usize) -> usize {
             0
         }
 

@@ -6,7 +6,7 @@ use super::metrics::EngineMetrics;
 use super::request::{EngineError, Event, Events, Finish, Request};
 use super::sampler::{SamplingFields, SamplingParams};
 use super::scheduler::Bounds;
-use super::{AdmissionLimits, CacheConfig, Engine, EngineConfig, Rejected};
+use super::{AdmissionLimits, Engine, EngineConfig, Rejected};
 use crate::text::grammar::{Grammars, Shape};
 use crate::text::output::{Delta, Output, OutputOptions};
 use crate::text::tokenizer::Tokenizer;
@@ -35,19 +35,16 @@ fn config() -> EngineConfig {
         bounds: Bounds {
             max_running: 8,
             prefill_tokens: 16,
-            state_bytes: u64::MAX,
-        },
-        cache: CacheConfig {
             blocks: 1000,
-            snapshot_bytes: 1 << 20,
         },
+        snapshot_bytes: 1 << 20,
         stall_limit: Duration::from_secs(3600),
     }
 }
 
 impl EngineConfig {
     fn with_nothing_kept(mut self) -> Self {
-        self.cache.snapshot_bytes = 0;
+        self.snapshot_bytes = 0;
         self
     }
 }
@@ -176,7 +173,7 @@ async fn a_request_in_a_batch_gets_what_it_gets_alone() {
 async fn being_set_back_changes_no_text() {
     let reference = bench(Script::Hash);
     let mut tight = config();
-    tight.bounds.state_bytes = 160; // the fake's state holds a byte a token
+    tight.bounds.blocks = 10; // of 16 tokens
     let model = FakeModel::new(Script::Hash);
     let steps = model.steps.clone();
     let tight = bench_with(model, tight);
@@ -311,8 +308,7 @@ async fn several_answers_compute_their_prompt_once() {
 #[tokio::test]
 async fn what_was_left_makes_room_for_what_runs() {
     let mut tight = config();
-    tight.cache.blocks = 20; // of 16 tokens
-    tight.bounds.state_bytes = 320;
+    tight.bounds.blocks = 20; // of 16 tokens
     let reference = bench_with(FakeModel::new(Script::Hash), config().with_nothing_kept());
     let bench = bench_with(FakeModel::new(Script::Hash), tight);
     for round in 0..12 {

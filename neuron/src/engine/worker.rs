@@ -81,7 +81,12 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
-            runner: ModelRunner::new(model, config.cache, metrics.clone()),
+            runner: ModelRunner::new(
+                model,
+                config.bounds.blocks,
+                config.snapshot_bytes,
+                metrics.clone(),
+            ),
             lives: HashMap::new(),
             mode: Mode::Serving,
             config,

@@ -12,7 +12,7 @@ use crate::devices;
 use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::scheduler::Bounds;
-use crate::engine::{CacheConfig, Engine, EngineConfig};
+use crate::engine::{Engine, EngineConfig};
 use crate::model::{self, CausalLm, LoadError, LoadOptions};
 use folder::{FolderError, ModelText};
 use hub::HubError;
@@ -391,7 +391,7 @@ impl Shared {
         preflight::check_context(&folder, context_length, free, |tokens| {
             model.state_bytes(tokens)
         })?;
-        let (state_bytes, cache) = self.share(&*model, free);
+        let (max_running, blocks, snapshot_bytes) = self.share(&*model, free);
         let weight_bytes = model.weight_bytes();
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
@@ -401,11 +401,11 @@ impl Shared {
                 max_prompt_tokens: self.limits.max_queued_prompt_tokens,
             },
             bounds: Bounds {
-                max_running: self.limits.max_running,
+                max_running,
                 prefill_tokens: self.limits.prefill_chunk_tokens,
-                state_bytes,
+                blocks,
             },
-            cache,
+            snapshot_bytes,
             stall_limit: STALL_LIMIT,
         };
         let metrics = self.engine_metrics.of(&wanted.id);
@@ -420,24 +420,25 @@ impl Shared {
         })
     }
 
-    /// Shares the memory for states out: bytes of running sequences, and what is kept of those that ended.
-    fn share(&self, model: &dyn CausalLm, free: u64) -> (u64, CacheConfig) {
+    /// Shares the `free` memory for states out, of which one sequence of full length takes all at the most: how many
+    /// sequences may run, on how many blocks, and bytes of saved states.
+    fn share(&self, model: &dyn CausalLm, free: u64) -> (usize, usize, u64) {
+        let fixed = model.state_bytes(0).max(1);
         let longest = model.state_bytes(model.context_length());
         let most = longest.saturating_mul(self.limits.max_running as u64);
         let all = most.saturating_mul(KEPT).min(free);
-        // one sequence of full length always fits
-        let snapshot_bytes = (all / SNAPSHOT_SHARE).min(all - longest.min(all));
-        let state_bytes = all - snapshot_bytes;
+        let snapshots = (all / SNAPSHOT_SHARE).min(all - longest);
+        let left = all - snapshots;
+        let running = usize::try_from(1 + (left - longest) / fixed).unwrap_or(usize::MAX);
+        let running = running.min(self.limits.max_running);
         let block_bytes = (4 * model.pool().shape().block_floats() as u64).max(1);
-        let cache = CacheConfig {
-            blocks: usize::try_from(state_bytes / block_bytes).unwrap_or(usize::MAX),
-            snapshot_bytes: if self.limits.prefix_cache {
-                snapshot_bytes
-            } else {
-                0
-            },
+        let blocks = (left - running as u64 * fixed) / block_bytes;
+        let kept = if self.limits.prefix_cache {
+            snapshots
+        } else {
+            0
         };
-        (state_bytes, cache)
+        (running, usize::try_from(blocks).unwrap_or(usize::MAX), kept)
     }
 
     fn forget(&self, id: &str, load: u64) {
