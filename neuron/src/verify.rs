@@ -390,7 +390,7 @@ fn draft(
         let batch = Batch::single(piece, LogitRows::All);
         let hidden = hidden.narrow(0, start, piece.len())?;
         match model.draft(&batch, &hidden, &mut [&mut state]) {
-            Some(rows) => logits.push(rows?),
+            Some(drafted) => logits.push(drafted?.logits),
             None => return Ok(None),
         }
         start += piece.len();

@@ -39,12 +39,16 @@ fn fixture(name: &str) -> PathBuf {
     root().join("tests/fixtures/models").join(name)
 }
 
-fn load(name: &str) -> Box<dyn CausalLm> {
+fn load(name: &str, drafts: bool) -> Box<dyn CausalLm> {
     let folder = match name {
         "demo" => root().join("neuron/demo"),
         name => fixture(name),
     };
-    model::load(&folder, &LoadOptions::cpu(), &|_| {}).unwrap()
+    let options = LoadOptions {
+        drafts,
+        ..LoadOptions::cpu()
+    };
+    model::load(&folder, &options, &|_| {}).unwrap()
 }
 
 /// Prompts of several conversations that begin alike, the later turns of some of them, and some twice.
@@ -78,6 +82,8 @@ struct Serving {
     blocks: Option<usize>,
     /// Saved states, so many of them.
     snapshots: u64,
+    /// Tokens guessed ahead.
+    drafts: usize,
 }
 
 /// Starts the model as `serving` says, runs `order` of the prompts one after another or all at once, and gives the answers
@@ -89,7 +95,7 @@ async fn answers(
     at_once: bool,
     temperature: f64,
 ) -> (Vec<Vec<(u32, f32)>>, u64) {
-    let model = load(name);
+    let model = load(name, serving.drafts > 0);
     let config = EngineConfig {
         id: name.into(),
         vocab: 400,
@@ -101,6 +107,7 @@ async fn answers(
             max_running: serving.max_running,
             prefill_tokens: serving.prefill_tokens,
             blocks: serving.blocks.unwrap_or(10_000),
+            drafts: serving.drafts,
         },
         snapshot_bytes: serving.snapshots * model.state_bytes(0),
         stall_limit: Duration::from_secs(3600),
@@ -190,28 +197,43 @@ async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others
                 prefill_tokens: 1000,
                 blocks: None,
                 snapshots: 0,
+                drafts: 0,
             };
             let (expected, cached) = answers(name, &alone, &FORWARDS, false, temperature).await;
             assert_eq!(cached, 0);
             for (what, order, at_once, serving) in [
-                ("in turn, warm", FORWARDS, false, (8, 1000, None, 100)),
+                ("in turn, warm", FORWARDS, false, (8, 1000, None, 100, 0)),
+                ("otherwise, warm", OTHERWISE, false, (8, 9, None, 100, 0)),
+                ("few states kept", FORWARDS, false, (8, 64, None, 2, 0)),
+                ("at once", FORWARDS, true, (8, 7, None, 100, 0)),
                 (
-                    "in another order, warm",
+                    "at once, nothing kept",
+                    OTHERWISE,
+                    true,
+                    (3, 33, None, 0, 0),
+                ),
+                ("with little room", OTHERWISE, true, (8, 16, Some(14), 5, 0)),
+                ("guessing one", FORWARDS, false, (8, 1000, None, 0, 1)),
+                (
+                    "guessing three, warm",
                     OTHERWISE,
                     false,
-                    (8, 9, None, 100),
+                    (8, 9, None, 100, 3),
                 ),
-                ("few states are kept", FORWARDS, false, (8, 64, None, 2)),
-                ("at once", FORWARDS, true, (8, 7, None, 100)),
-                ("at once, nothing kept", OTHERWISE, true, (3, 33, None, 0)),
-                ("with little room", OTHERWISE, true, (8, 16, Some(14), 5)),
+                (
+                    "guessing two, at once",
+                    FORWARDS,
+                    true,
+                    (8, 16, Some(18), 5, 2),
+                ),
             ] {
-                let (max_running, prefill_tokens, blocks, snapshots) = serving;
+                let (max_running, prefill_tokens, blocks, snapshots, drafts) = serving;
                 let serving = Serving {
                     max_running,
                     prefill_tokens,
                     blocks,
                     snapshots,
+                    drafts,
                 };
                 let (found, cached) = answers(name, &serving, &order, at_once, temperature).await;
                 let what = format!("{name} at temperature {temperature}, {what}");

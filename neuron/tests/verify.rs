@@ -346,3 +346,34 @@ fn a_broken_folder_is_refused_by_file_and_tensor() {
         );
     }
 }
+
+#[test]
+fn rows_that_are_taken_back_leave_no_trace() {
+    for name in FIXTURES {
+        let model = model::load(&fixture(name), &LoadOptions::cpu(), &|_| {}).unwrap();
+        let ids = prompt(&golden(name), 65);
+        let forward = |batch: &Batch, state: &mut _| model.forward(batch, &mut [state]).unwrap();
+        for start in [1, 15, 16, 40] {
+            for (rows, kept) in [(2, 1), (4, 1), (4, 3), (4, 4)] {
+                let mut straight = model.new_state();
+                forward(
+                    &Batch::single(&ids[..start + kept], LogitRows::None),
+                    &mut straight,
+                );
+                let mut back = model.new_state();
+                forward(&Batch::single(&ids[..start], LogitRows::None), &mut back);
+                let mut batch = Batch::default();
+                let wrong = [&ids[start..start + kept], &[3, 4, 5][..rows - kept]].concat();
+                batch.push_revocable(0, &wrong);
+                forward(&batch, &mut back);
+                back.keep_rows(kept, rows);
+                let rest = Batch::single(&ids[start + kept..], LogitRows::All);
+                let diff = max_diff(&forward(&rest, &mut straight), &forward(&rest, &mut back));
+                assert!(
+                    diff <= TOLERANCE,
+                    "{name}: {kept} of {rows} from {start}: {diff}"
+                );
+            }
+        }
+    }
+}

@@ -33,6 +33,12 @@ pub struct CompletionTokensDetails {
     /// Tokens spent inside a thinking block.
     #[serde(default)]
     pub reasoning_tokens: u64,
+    /// Tokens that were guessed ahead and held; part of the completion.
+    #[serde(default)]
+    pub accepted_prediction_tokens: u64,
+    /// Tokens that were guessed ahead and did not hold; not part of the completion.
+    #[serde(default)]
+    pub rejected_prediction_tokens: u64,
 }
 
 impl Usage {

@@ -22,7 +22,7 @@ from optimizer import optimizers, set_rate
 SEED = 2026
 CYCLES = (  # steps, their share of the full rates, the share of them in which the rates fall to nothing, what is drawn
     (1600, 1.0, 0.25, corpus.FIRST),
-    (2400, 0.8, 0.25, corpus.SECOND),
+    (2000, 0.8, 0.3, corpus.SECOND),
 )
 HEAD_STEPS = 500
 WARM_UP = 60  # steps at the start of a cycle over which the rates rise

@@ -98,12 +98,14 @@ impl Total {
         }
         all.completion_tokens += one.completion_tokens;
         all.total_tokens = all.prompt_tokens + all.completion_tokens;
-        let reasoning = |usage: &Usage| {
-            let details = usage.completion_tokens_details;
-            details.map_or(0, |details| details.reasoning_tokens)
-        };
+        let before = all.completion_tokens_details.unwrap_or_default();
+        let more = one.completion_tokens_details.unwrap_or_default();
         all.completion_tokens_details = Some(CompletionTokensDetails {
-            reasoning_tokens: reasoning(all) + reasoning(one),
+            reasoning_tokens: before.reasoning_tokens + more.reasoning_tokens,
+            accepted_prediction_tokens: before.accepted_prediction_tokens
+                + more.accepted_prediction_tokens,
+            rejected_prediction_tokens: before.rejected_prediction_tokens
+                + more.rejected_prediction_tokens,
         });
         let (one, all) = (&finish.timings, &mut self.timings);
         all.queue_ms = all.queue_ms.max(one.queue_ms);

@@ -6,6 +6,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Most tokens guessed ahead: what holds of further ones does not pay for them.
+const MOST_DRAFTS: u64 = 3;
+
 /// A configuration that cannot be used: one line with the file, the key and what to change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file}: {key}: {remedy}")]
@@ -72,6 +75,13 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             None => None,
         },
         prefix_cache: settings.limits.prefix_cache,
+        draft_tokens: match settings.limits.draft_tokens {
+            tokens @ 0..=MOST_DRAFTS => tokens as usize,
+            tokens => {
+                let remedy = format!("`{tokens}` is too many; use 0 to {MOST_DRAFTS}");
+                return Err(wrong("limits.draft_tokens", remedy));
+            }
+        },
         request_deadline: Duration::from_secs(positive(
             "limits.request_deadline_seconds",
             settings.limits.request_deadline_seconds,

@@ -64,6 +64,8 @@ pub struct Limits {
     pub state_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones.
     pub prefix_cache: bool,
+    /// Tokens guessed ahead by models that have a layer for it; zero guesses none.
+    pub draft_tokens: usize,
     /// From arrival to the last token.
     pub request_deadline: Duration,
 }

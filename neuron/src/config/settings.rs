@@ -43,6 +43,8 @@ pub(super) struct LimitSettings {
     pub(super) state_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones that begin alike.
     pub(super) prefix_cache: bool,
+    /// Tokens guessed ahead, 0 to 3.
+    pub(super) draft_tokens: u64,
     /// Bound on a whole request.
     pub(super) request_deadline_seconds: u64,
 }
@@ -103,6 +105,7 @@ impl Default for LimitSettings {
             prefill_chunk_tokens: 128,
             state_bytes: None,
             prefix_cache: true,
+            draft_tokens: 0,
             request_deadline_seconds: 3600,
         }
     }

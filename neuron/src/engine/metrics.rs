@@ -34,6 +34,8 @@ pub struct EngineMetrics {
     snapshots_saved: IntCounterVec,
     snapshots_evicted: IntCounterVec,
     snapshot_bytes: IntGaugeVec,
+    drafted: IntCounterVec,
+    accepted: IntCounterVec,
     blocks: IntGaugeVec,
     blocks_used: IntGaugeVec,
     steps: HistogramVec,
@@ -85,6 +87,10 @@ pub struct ModelMetrics {
     pub snapshots_evicted: IntCounter,
     /// What saved states hold.
     pub snapshot_bytes: IntGauge,
+    /// Tokens guessed ahead.
+    pub drafted: IntCounter,
+    /// Those of them that held.
+    pub accepted: IntCounter,
     /// Blocks of keys and values there can be.
     pub blocks: IntGauge,
     /// Blocks that hold something.
@@ -226,6 +232,16 @@ impl EngineMetrics {
                 "Saved states let go to make room.",
                 &["model"],
             ),
+            drafted: counter(
+                "neuron_spec_decode_num_draft_tokens_total",
+                "Tokens guessed ahead of sequences that write.",
+                &["model"],
+            ),
+            accepted: counter(
+                "neuron_spec_decode_num_accepted_tokens_total",
+                "Tokens guessed ahead that held.",
+                &["model"],
+            ),
             snapshot_bytes: gauge("neuron_snapshot_bytes", "Bytes of saved states."),
             blocks: gauge(
                 "neuron_kv_blocks",
@@ -275,6 +291,8 @@ impl EngineMetrics {
             snapshots_saved: self.snapshots_saved.with_label_values(label),
             snapshots_evicted: self.snapshots_evicted.with_label_values(label),
             snapshot_bytes: self.snapshot_bytes.with_label_values(label),
+            drafted: self.drafted.with_label_values(label),
+            accepted: self.accepted.with_label_values(label),
             blocks: self.blocks.with_label_values(label),
             blocks_used: self.blocks_used.with_label_values(label),
         }

@@ -1,6 +1,7 @@
 //! The engine of one model: a handle for everybody, and one thread that owns the model and everything on it.
 
 pub mod admission;
+mod drafts;
 pub mod guide;
 pub mod metrics;
 pub mod plan;

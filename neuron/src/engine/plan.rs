@@ -27,6 +27,8 @@ pub struct Row {
     pub every: bool,
     /// The state after them is to be saved for others.
     pub save: bool,
+    /// Guesses that are computed behind them, each of which holds only if those before it do.
+    pub drafts: usize,
 }
 
 impl Plan {
@@ -36,17 +38,23 @@ impl Plan {
         self.rows.is_empty()
     }
 
-    /// Tokens of sequences that write, and of prompts.
+    /// Tokens of sequences that write, drafts included, and of prompts.
     #[must_use]
     pub fn token_counts(&self) -> (usize, usize) {
         let (writing, reading): (Vec<_>, Vec<_>) =
             self.rows.iter().partition(|row| row.is_writing());
-        let sum = |rows: Vec<&Row>| rows.iter().map(|row| row.tokens.len()).sum();
+        let sum = |rows: Vec<&Row>| rows.iter().map(|row| row.count()).sum();
         (sum(writing), sum(reading))
     }
 }
 
 impl Row {
+    /// Rows of the model.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.tokens.len() + self.drafts
+    }
+
     /// One token in, one out.
     #[must_use]
     pub fn is_writing(&self) -> bool {

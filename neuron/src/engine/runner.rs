@@ -3,12 +3,14 @@
 use super::metrics::ModelMetrics;
 use super::plan::Plan;
 use super::prefix::{Found, PrefixTree};
-use super::scheduler::{Begun, Scheduler, Store};
+use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
 use crate::memory::pool::{Block, KvPool, KvShape};
 use crate::memory::{SequenceState, Snapshot};
-use crate::model::{Batch, CausalLm, LogitRows, ModelError};
+use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
+use candle_core::{IndexOp, Tensor};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The model, the state of every sequence that has begun, and what ended ones have left.
@@ -18,7 +20,20 @@ pub(super) struct ModelRunner {
     states: HashMap<SequenceId, SequenceState>,
     /// None when nothing is kept.
     prefixes: Option<PrefixTree<Arc<Block>, Snapshot>>,
+    /// Most tokens guessed ahead of a sequence.
+    drafts: usize,
+    /// Of the last step, what the drafting layer works on.
+    hidden: Option<Tensor>,
     metrics: ModelMetrics,
+}
+
+/// The part of a sequence in drafting.
+pub(super) struct Drafting<'a> {
+    pub(super) sequence: &'a Sequence,
+    /// Which of the last step's rows were its own, those that were taken back not among them.
+    pub(super) rows: Range<usize>,
+    /// How many tokens to guess: none only lets the layer follow.
+    pub(super) count: usize,
 }
 
 /// The logits of one step.
@@ -47,20 +62,22 @@ impl Logits {
 }
 
 impl ModelRunner {
-    /// `blocks` is how many there may be, `snapshot_bytes` what saved states may hold; with zero nothing is kept.
+    /// `snapshot_bytes` is what saved states may hold; with zero nothing is kept.
     pub(super) fn new(
         model: Box<dyn CausalLm>,
-        blocks: usize,
+        bounds: Bounds,
         snapshot_bytes: u64,
         metrics: ModelMetrics,
     ) -> Self {
         let pool = model.pool().clone();
-        pool.set_capacity(blocks);
-        metrics.blocks.set(whole(blocks));
+        pool.set_capacity(bounds.blocks);
+        metrics.blocks.set(whole(bounds.blocks));
         Self {
             model,
             pool,
             states: HashMap::new(),
+            drafts: bounds.drafts,
+            hidden: None,
             prefixes: (snapshot_bytes > 0).then(|| PrefixTree::new(snapshot_bytes)),
             metrics,
         }
@@ -98,20 +115,34 @@ impl ModelRunner {
             let sequence = scheduler
                 .running(row.sequence)
                 .expect("a planned sequence runs");
-            let (logits, count) = match (row.every, row.sample) {
-                (true, _) => (LogitRows::All, row.tokens.len()),
-                (false, true) => (LogitRows::Last, 1),
-                (false, false) => (LogitRows::None, 0),
-            };
-            counts.push(count);
-            batch.push(index, &sequence.tokens[row.tokens.clone()], logits);
+            let tokens = &sequence.tokens[row.tokens.clone()];
+            if row.drafts > 0 {
+                counts.push(row.count());
+                batch.push_revocable(index, &[tokens, &sequence.drafts].concat());
+            } else {
+                let (logits, count) = match (row.every, row.sample) {
+                    (true, _) => (LogitRows::All, row.tokens.len()),
+                    (false, true) => (LogitRows::Last, 1),
+                    (false, false) => (LogitRows::None, 0),
+                };
+                counts.push(count);
+                batch.push(index, tokens, logits);
+            }
             let state = self.states.remove(&row.sequence);
             states.push(state.expect("a sequence that runs has a state"));
         }
         self.free_blocks(plan, &states);
-        let logits = self
-            .model
-            .forward(&batch, &mut states.iter_mut().collect::<Vec<_>>())?;
+        let (hidden, drafts) = (&mut self.hidden, self.drafts > 0);
+        let mut keep = |seen, rows: &Tensor| {
+            if drafts && seen == Seen::Final {
+                *hidden = Some(rows.clone());
+            }
+        };
+        let logits = self.model.forward_probed(
+            &batch,
+            &mut states.iter_mut().collect::<Vec<_>>(),
+            &mut keep,
+        )?;
         for (row, state) in plan.rows.iter().zip(states) {
             self.states.insert(row.sequence, state);
         }
@@ -123,12 +154,79 @@ impl ModelRunner {
         })
     }
 
+    /// Takes back all rows of the last step but the first `rows` of its `of`.
+    pub(super) fn keep_rows(&mut self, id: SequenceId, rows: usize, of: usize) {
+        if let Some(state) = self.states.get_mut(&id) {
+            state.keep_rows(rows, of);
+        }
+    }
+
+    /// Lets the drafting layer follow the last step, and gives for each sequence what it guesses will come next. Only ids
+    /// below `vocab` are guessed.
+    pub(super) fn draft(
+        &mut self,
+        drafting: &[Drafting<'_>],
+        vocab: usize,
+    ) -> Result<Vec<Vec<u32>>, ModelError> {
+        let mut guesses = vec![Vec::new(); drafting.len()];
+        let Some(hidden) = self.hidden.take().filter(|_| !drafting.is_empty()) else {
+            return Ok(guesses);
+        };
+        let mut batch = Batch::default();
+        let (mut states, mut rows) = (Vec::new(), Vec::new());
+        for (index, one) in drafting.iter().enumerate() {
+            let state = self.states.remove(&one.sequence.id);
+            let state = state.expect("a sequence that runs has a state");
+            let end = state.len() + 1; // the layer sees each token together with the one before it
+            let logits = match one.count {
+                0 => LogitRows::None,
+                _ => LogitRows::Last,
+            };
+            batch.push(
+                index,
+                &one.sequence.tokens[end - one.rows.len()..end],
+                logits,
+            );
+            rows.push(hidden.i(one.rows.clone())?);
+            states.push(state);
+        }
+        let mut hidden = Tensor::cat(&rows, 0)?;
+        while !batch.ids.is_empty() {
+            let mut refs: Vec<_> = states.iter_mut().collect();
+            let Some(drafted) = self.model.draft(&batch, &hidden, &mut refs) else {
+                break;
+            };
+            let drafted = drafted?;
+            let (mut next, mut kept) = (Batch::default(), Vec::new());
+            let wanting = batch.segments.iter().map(|segment| segment.state);
+            let wanting = wanting.filter(|index| drafting[*index].count > 0);
+            for (row, (index, logits)) in wanting.zip(drafted.logits.to_vec2::<f32>()?).enumerate()
+            {
+                let guess = likeliest(&logits[..vocab.min(logits.len())]);
+                guesses[index].push(guess);
+                if guesses[index].len() < drafting[index].count {
+                    next.push(index, &[guess], LogitRows::Last);
+                    kept.push(drafted.hidden.i(row..row + 1)?);
+                }
+            }
+            batch = next;
+            if !kept.is_empty() {
+                hidden = Tensor::cat(&kept, 0)?;
+            }
+        }
+        for (one, mut state) in drafting.iter().zip(states) {
+            state.follow();
+            self.states.insert(one.sequence.id, state);
+        }
+        Ok(guesses)
+    }
+
     /// Lets go of what ended sequences have left until the rows of `plan` have room. What runs fits by itself: the
     /// scheduler has seen to that.
     fn free_blocks(&mut self, plan: &Plan, states: &[SequenceState]) {
         let wanted = |states: &[SequenceState]| -> usize {
             let rows = plan.rows.iter().zip(states);
-            rows.map(|(row, state)| state.wanted_blocks(row.tokens.len()))
+            rows.map(|(row, state)| state.wanted_blocks(row.count() + self.drafts))
                 .sum()
         };
         let Some(prefixes) = &mut self.prefixes else {
@@ -185,6 +283,11 @@ impl Store for ModelRunner {
         self.states.insert(sequence.id, state);
         begun
     }
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let better = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
+    (1..logits.len()).fold(0, better) as u32
 }
 
 fn whole(count: usize) -> i64 {

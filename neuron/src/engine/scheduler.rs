@@ -43,6 +43,8 @@ pub struct Bounds {
     pub prefill_tokens: usize,
     /// Blocks of keys and values all sequences together may hold.
     pub blocks: usize,
+    /// Tokens that are guessed ahead of each sequence that writes; zero guesses none.
+    pub drafts: usize,
 }
 
 impl Scheduler {
@@ -149,17 +151,26 @@ impl Scheduler {
         plan
     }
 
-    /// Takes the outcome of a step in: `sampled` has one token for each row that samples, in order.
-    pub fn commit(&mut self, plan: &Plan, sampled: &[(SequenceId, u32)]) {
+    /// Takes the outcome of a step in: of each row that samples, the drafts that held and the token after them.
+    pub fn commit(&mut self, plan: &Plan, sampled: &[(SequenceId, Vec<u32>)]) {
         for row in &plan.rows {
             if let Some(sequence) = self.running_mut(row.sequence) {
                 sequence.computed = row.tokens.end;
+                sequence.drafts.clear();
             }
         }
-        for &(id, token) in sampled {
-            if let Some(sequence) = self.running_mut(id) {
-                sequence.tokens.push(token);
+        for (id, tokens) in sampled {
+            if let Some(sequence) = self.running_mut(*id) {
+                sequence.tokens.extend(tokens);
+                sequence.computed = sequence.tokens.len() - 1;
             }
+        }
+    }
+
+    /// Sets the guesses of what follows for a sequence.
+    pub fn set_drafts(&mut self, id: SequenceId, drafts: Vec<u32>) {
+        if let Some(sequence) = self.running_mut(id) {
+            sequence.drafts = drafts;
         }
     }
 
@@ -176,6 +187,7 @@ impl Scheduler {
                 break;
             };
             youngest.computed = 0;
+            youngest.drafts.clear();
             youngest.status = SequenceStatus::Waiting;
             preempted.push(youngest.id);
             self.waiting.push_front(youngest);
@@ -204,7 +216,7 @@ impl Scheduler {
     fn held(&self, store: &impl Store) -> usize {
         self.running
             .iter()
-            .map(|sequence| store.blocks(sequence.tokens.len() + 1))
+            .map(|sequence| store.blocks(sequence.tokens.len() + 1 + self.bounds.drafts))
             .sum()
     }
 }
@@ -216,6 +228,7 @@ fn row(sequence: &Sequence, count: usize) -> Row {
         sample: tokens.end == sequence.tokens.len(),
         every: sequence.every_logit,
         save: sequence.places.contains(&tokens.end),
+        drafts: sequence.drafts.len(), // there are none before it writes
         tokens,
     }
 }
@@ -231,6 +244,7 @@ mod tests {
             max_running,
             prefill_tokens,
             blocks,
+            drafts: 0,
         })
     }
 
@@ -245,7 +259,7 @@ mod tests {
             .rows
             .iter()
             .filter(|row| row.sample)
-            .map(|row| (row.sequence, 1))
+            .map(|row| (row.sequence, vec![1]))
             .collect();
         scheduler.commit(&plan, &sampled);
         plan.rows
@@ -299,12 +313,8 @@ mod tests {
             let plan = scheduler.plan(&mut Left(4));
             let row = &plan.rows[0];
             pieces.push((row.tokens.clone(), row.save, row.sample));
-            let sampled: &[_] = if row.sample {
-                &[(SequenceId(1), 1)]
-            } else {
-                &[]
-            };
-            scheduler.commit(&plan, sampled);
+            let written = row.sample.then(|| (SequenceId(1), vec![1]));
+            scheduler.commit(&plan, written.as_slice());
         }
         let expected = [
             (4..7, true, false),
@@ -394,7 +404,8 @@ mod tests {
         let mut store = PER_TOKEN;
         let mut plan = scheduler.plan(&mut store);
         while plan.preempted.is_empty() {
-            let sampled: Vec<_> = plan.rows.iter().map(|row| (row.sequence, 1)).collect();
+            let rows = plan.rows.iter();
+            let sampled: Vec<_> = rows.map(|row| (row.sequence, vec![1])).collect();
             scheduler.commit(&plan, &sampled);
             plan = scheduler.plan(&mut store);
         }
@@ -444,7 +455,7 @@ mod tests {
                     .rows
                     .iter()
                     .filter(|row| row.sample)
-                    .map(|row| (row.sequence, 1))
+                    .map(|row| (row.sequence, vec![1]))
                     .collect();
                 scheduler.commit(&plan, &sampled);
             }

@@ -34,6 +34,8 @@ pub struct Sequence {
     pub every_logit: bool,
     /// Where its state is to be saved for others, rising: a step ends at each.
     pub places: Vec<usize>,
+    /// Guesses of the tokens that follow, to be checked by the next step.
+    pub drafts: Vec<u32>,
     /// What others must have in common with it, beside its beginning, to go on from what it leaves.
     pub salt: Option<Arc<str>>,
 }
@@ -54,6 +56,7 @@ impl Sequence {
             priority: 0,
             every_logit: false,
             places: Vec::new(),
+            drafts: Vec::new(),
             salt: None,
         }
     }

@@ -36,6 +36,7 @@ fn config() -> EngineConfig {
             max_running: 8,
             prefill_tokens: 16,
             blocks: 1000,
+            drafts: 0,
         },
         snapshot_bytes: 1 << 20,
         stall_limit: Duration::from_secs(3600),
@@ -281,6 +282,76 @@ async fn who_has_another_salt_shares_nothing() {
         cached.push(run(&bench, salted(salt)).await.1);
     }
     assert_eq!(cached, [0, 0, 0, 99, 99]);
+}
+
+#[tokio::test]
+async fn guesses_change_no_text_but_the_number_of_steps() {
+    let prompts = [
+        "one",
+        "a longer prompt than the others, over several steps",
+        "x y z",
+    ];
+    let reference = bench(Script::Hash);
+    for sampling in [SamplingParams::greedy(), warm(3)] {
+        let mut expected = Vec::new();
+        for prompt in prompts {
+            expected.push(text_of(reference.submit(prompt, 40, sampling.clone())).await);
+        }
+        for drafts in 1..=3 {
+            let mut guessing = config();
+            guessing.bounds.drafts = drafts;
+            let model = FakeModel::new(Script::Hash);
+            let steps = model.steps.clone();
+            let bench = bench_with(model, guessing);
+            let together: Vec<Events> = prompts
+                .iter()
+                .map(|prompt| bench.submit(prompt, 40, sampling.clone()))
+                .collect();
+            let mut accepted = 0;
+            for (mut events, expected) in together.into_iter().zip(&expected) {
+                let (text, end) = collect(&mut events).await;
+                let usage = end.unwrap().usage;
+                assert_eq!((&text, usage.completion_tokens), (expected, 40));
+                let details = usage.completion_tokens_details.unwrap();
+                accepted += details.accepted_prediction_tokens;
+                assert!(details.rejected_prediction_tokens > 0);
+            }
+            if sampling == SamplingParams::greedy() {
+                assert!(accepted > 30, "{accepted}");
+                // without guesses 120, one prompt after the other
+                assert!(steps.load(Ordering::SeqCst) < 100, "{steps:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn guesses_stop_at_the_end_of_an_answer() {
+    let tokenizer = tiny();
+    let prompt = tokenizer.encode("how").unwrap().len();
+    let mut tokens = tokenizer.encode("one two three four").unwrap();
+    tokens.push(EOS);
+    for drafts in 0..=3 {
+        let mut guessing = config();
+        guessing.bounds.drafts = drafts;
+        let script = Script::Say {
+            prompt,
+            tokens: tokens.clone(),
+        };
+        let bench = bench_with(FakeModel::new(script), guessing);
+        let (text, end) = collect(&mut bench.submit("how", 50, SamplingParams::greedy())).await;
+        assert_eq!(text, "one two three four");
+        let usage = end.unwrap().usage;
+        assert_eq!(usage.completion_tokens, tokens.len() as u64);
+        let request = bench.request_with("how", 50, SamplingParams::greedy(), &["wo th"]);
+        let (text, _) = collect(&mut bench.engine.submit(request).unwrap()).await;
+        assert_eq!(text, "one t");
+        for most in 1..5 {
+            let mut events = bench.submit("how", most, SamplingParams::greedy());
+            let (_, end) = collect(&mut events).await;
+            assert_eq!(end.unwrap().usage.completion_tokens, most as u64);
+        }
+    }
 }
 
 #[tokio::test]

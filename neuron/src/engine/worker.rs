@@ -1,11 +1,12 @@
 //! The engine's thread: inbox → plan → run → commit → emit, until it is told to end.
 
 use super::admission::Ticket;
+use super::drafts::Drafter;
 use super::guide::Guide;
 use super::metrics::ModelMetrics;
 use super::plan::Plan;
 use super::request::{EngineError, Finish, Request, Sink};
-use super::runner::{Logits, ModelRunner};
+use super::runner::{Drafting, Logits, ModelRunner};
 use super::sampler::{Bounds, NotANumber, Sampler, score};
 use super::scheduler::Scheduler;
 use super::sequence::{Sequence, SequenceId};
@@ -61,9 +62,16 @@ struct Life {
     deadline: Instant,
     /// Since when the reader has taken nothing.
     behind_since: Option<Instant>,
+    /// How many tokens to guess ahead.
+    drafter: Drafter,
+    /// Why the token just chosen was the last.
+    ended: Option<(FinishReason, Option<String>)>,
     /// Done, but the reader has not taken all of it yet.
     finish: Option<Finish>,
 }
+
+/// The tokens a sequence wrote in one step.
+type Sampled = (SequenceId, Vec<u32>);
 
 struct Clock {
     arrived: Instant,
@@ -81,12 +89,7 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
-            runner: ModelRunner::new(
-                model,
-                config.bounds.blocks,
-                config.snapshot_bytes,
-                metrics.clone(),
-            ),
+            runner: ModelRunner::new(model, config.bounds, config.snapshot_bytes, metrics.clone()),
             lives: HashMap::new(),
             mode: Mode::Serving,
             config,
@@ -138,10 +141,12 @@ impl Worker {
         let began = Instant::now();
         let mut logits = self.runner.run(&plan, &self.scheduler)?;
         let sampled = self.sample(&plan, &mut logits);
+        self.keep_rows(&plan, &sampled);
         let (decode, prefill) = plan.token_counts();
         self.metrics
             .step(decode, prefill, began.elapsed().as_secs_f64());
         self.scheduler.commit(&plan, &sampled);
+        self.draft(&plan, &sampled)?;
         for row in plan.rows.iter().filter(|row| row.save) {
             if let Some(sequence) = self.scheduler.running(row.sequence) {
                 self.runner.keep(sequence);
@@ -201,6 +206,8 @@ impl Worker {
             },
             deadline: request.deadline,
             behind_since: None,
+            drafter: Drafter::default(),
+            ended: None,
             finish: None,
         };
         self.lives.insert(id, life);
@@ -241,8 +248,9 @@ impl Worker {
         plan
     }
 
-    /// The next token of every row that samples; a sequence whose logits are no numbers fails alone.
-    fn sample(&mut self, plan: &Plan, logits: &mut Logits) -> Vec<(SequenceId, u32)> {
+    /// The next token of every row that samples, with the drafts before it that held; a sequence whose logits are no
+    /// numbers fails alone.
+    fn sample(&mut self, plan: &Plan, logits: &mut Logits) -> Vec<Sampled> {
         let mut sampled = Vec::new();
         let length = logits.vocab();
         let allowed = self.config.vocab.min(length);
@@ -271,26 +279,91 @@ impl Worker {
                 self.complete(id);
                 continue;
             }
-            let last = logits.len() - length;
-            match life.choose(&mut logits[last..last + allowed], &self.metrics) {
-                Ok(token) => sampled.push((id, token)),
+            let drafts = match self.scheduler.running(id) {
+                Some(sequence) => &sequence.drafts[..row.drafts],
+                None => &[],
+            };
+            let first = logits.len() - (1 + drafts.len()) * length;
+            let places = logits[first..].chunks_exact_mut(length);
+            match life.write(places, allowed, drafts, &self.metrics) {
+                Ok(tokens) => sampled.push((id, tokens)),
                 Err(error) => self.fail(id, error),
             }
         }
         sampled
     }
 
-    /// Tokens → text → reader; ends what is done.
-    fn emit(&mut self, sampled: &[(SequenceId, u32)]) {
-        let now = Instant::now();
-        self.metrics.generation_tokens.inc_by(sampled.len() as u64);
-        for &(id, token) in sampled {
-            let Some(life) = self.lives.get_mut(&id) else {
+    /// Takes back what was computed of drafts that did not hold.
+    fn keep_rows(&mut self, plan: &Plan, sampled: &[Sampled]) {
+        for row in plan.rows.iter().filter(|row| row.drafts > 0) {
+            let written = sampled.iter().find(|(id, _)| *id == row.sequence);
+            let Some((id, tokens)) = written else {
+                continue; // it failed
+            };
+            let accepted = tokens.len() - 1;
+            self.runner.keep_rows(*id, 1 + accepted, row.count());
+            self.metrics.drafted.inc_by(row.drafts as u64);
+            self.metrics.accepted.inc_by(accepted as u64);
+            if let Some(life) = self.lives.get_mut(id) {
+                life.drafter.learn(row.drafts, accepted);
+            }
+        }
+    }
+
+    /// Guesses what comes next, where that is wanted.
+    fn draft(&mut self, plan: &Plan, sampled: &[Sampled]) -> Result<(), ModelError> {
+        if self.config.bounds.drafts == 0 {
+            return Ok(());
+        }
+        let writers = sampled.len();
+        let (mut drafting, mut start) = (Vec::new(), 0);
+        for row in &plan.rows {
+            let written = sampled.iter().find(|(id, _)| *id == row.sequence);
+            let accepted = written.map_or(0, |(_, tokens)| tokens.len() - 1);
+            let rows = start..start + row.tokens.len() + accepted;
+            start += row.count();
+            let (Some(sequence), Some(life)) = (
+                self.scheduler.running(row.sequence),
+                self.lives.get_mut(&row.sequence),
+            ) else {
                 continue;
             };
-            life.generated += 1;
+            let left = (life.max_tokens - life.generated).saturating_sub(1);
+            let most = match (written, &life.finish) {
+                (Some(_), None) if life.ended.is_none() && !sequence.every_logit => {
+                    self.config.bounds.drafts as u64
+                }
+                _ => 0,
+            };
+            drafting.push(Drafting {
+                sequence,
+                rows,
+                count: life.drafter.count(most.min(left) as usize, writers),
+            });
+        }
+        let guesses = self.runner.draft(&drafting, self.config.vocab)?;
+        let ids: Vec<_> = drafting.iter().map(|one| one.sequence.id).collect();
+        for (id, drafts) in ids.into_iter().zip(guesses) {
+            self.scheduler.set_drafts(id, drafts);
+        }
+        Ok(())
+    }
+
+    /// Counts what was written; ends what is done.
+    fn emit(&mut self, sampled: &[Sampled]) {
+        let now = Instant::now();
+        for (id, tokens) in sampled {
+            let Some(life) = self.lives.get_mut(id) else {
+                continue;
+            };
+            self.metrics.generation_tokens.inc_by(tokens.len() as u64);
             match life.clock.last_token.replace(now) {
-                Some(last) => self.metrics.inter_token.observe((now - last).as_secs_f64()),
+                Some(last) => {
+                    let each = (now - last).as_secs_f64() / tokens.len() as f64;
+                    for _ in tokens {
+                        self.metrics.inter_token.observe(each);
+                    }
+                }
                 None => {
                     life.clock.first_token = Some(now);
                     self.metrics
@@ -298,23 +371,14 @@ impl Worker {
                         .observe((now - life.clock.arrived).as_secs_f64());
                 }
             }
-            match life.advance(token) {
-                Ok(Some(finish)) => {
-                    life.finish = Some(finish);
-                    if let Some(sequence) = self.scheduler.remove(id)
-                        && !sequence.every_logit
-                    {
-                        self.runner.keep(&sequence);
-                    }
-                    self.runner.forget(id);
+            if let Some((reason, stop_string)) = life.ended.take() {
+                life.finish = Some(life.finished(reason, stop_string));
+                if let Some(sequence) = self.scheduler.remove(*id) {
+                    self.runner.keep(&sequence);
                 }
-                Ok(None) => {}
-                Err(error) => {
-                    self.fail(id, error.into());
-                    continue;
-                }
+                self.runner.forget(*id);
             }
-            self.settle(id, now);
+            self.settle(*id, now);
         }
     }
 
@@ -529,15 +593,38 @@ impl Life {
         Ok(choice.token)
     }
 
-    /// Takes a sampled token in, and says whether it was the last.
-    fn advance(&mut self, token: u32) -> Result<Option<Finish>, GrammarError> {
+    /// Writes on as long as the tokens that are chosen are those that were guessed, and one further. What is chosen does
+    /// not depend on the guesses: each token is drawn from what the model says of its place.
+    fn write<'a>(
+        &mut self,
+        places: impl Iterator<Item = &'a mut [f32]>,
+        allowed: usize,
+        drafts: &[u32],
+        metrics: &ModelMetrics,
+    ) -> Result<Vec<u32>, EngineError> {
+        let mut tokens = Vec::new();
+        for logits in places {
+            let token = self.choose(&mut logits[..allowed], metrics)?;
+            let guessed = drafts.get(tokens.len()) == Some(&token);
+            tokens.push(token);
+            self.advance(token)?;
+            if self.ended.is_some() || !guessed {
+                break;
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// Takes a sampled token in: its text goes to the reader.
+    fn advance(&mut self, token: u32) -> Result<(), GrammarError> {
+        self.generated += 1;
         let mut deltas = Vec::new();
         deltas.extend(self.scored.take().map(Delta::Scored));
-        let ended = self.ending(token, &mut deltas)?;
+        self.ended = self.ending(token, &mut deltas)?;
         for delta in deltas {
             self.sink.send(delta);
         }
-        Ok(ended.map(|(reason, stop_string)| self.finished(reason, stop_string)))
+        Ok(())
     }
 
     fn ending(
@@ -582,6 +669,8 @@ impl Life {
                 }),
                 completion_tokens_details: Some(CompletionTokensDetails {
                     reasoning_tokens: self.output.reasoning_tokens(),
+                    accepted_prediction_tokens: self.drafter.accepted(),
+                    rejected_prediction_tokens: self.drafter.rejected(),
                 }),
                 ..Usage::new(self.prompt, self.generated)
             },

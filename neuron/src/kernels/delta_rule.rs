@@ -32,13 +32,15 @@ impl Heads {
 /// Runs the rows of one sequence and returns `o`: `(rows, value heads, value dim)`.
 ///
 /// `qkv` is `(rows, channels)` after the convolution; `decay` is `g ≤ 0` and `beta` the write strength, both
-/// `(rows, value heads)`; `state` is `S`, `(value heads, key dim, value dim)`.
+/// `(rows, value heads)`; `state` is `S`, `(value heads, key dim, value dim)`. `trail`, empty or
+/// `(value heads, rows - 1, key dim · value dim)`, is given what `S` is after each row but the last.
 #[must_use]
 pub fn delta_rule(
     qkv: &[f32],
     decay: &[f32],
     beta: &[f32],
     state: &mut [f32],
+    trail: &mut [f32],
     heads: Heads,
 ) -> Vec<f32> {
     let Heads {
@@ -50,7 +52,8 @@ pub fn delta_rule(
     let rows = qkv.len() / heads.channels();
     let mut by_head = vec![0.0; value * rows * value_dim];
     let work = rows * key_dim * value_dim;
-    let head = |h: usize, state: &mut [f32], out: &mut [f32]| {
+    let head = |h: usize, state: &mut [f32], trail: &mut [f32], out: &mut [f32]| {
+        let mut trail = trail.chunks_exact_mut(key_dim * value_dim);
         let key_head = h / (value / key);
         let mut query = vec![0.0; key_dim];
         let mut hit = vec![0.0; key_dim];
@@ -89,14 +92,22 @@ pub fn delta_rule(
                 add_scaled(row, *k, &delta);
                 add_scaled(out, *q, row);
             }
+            if let Some(kept) = trail.next() {
+                kept.copy_from_slice(state);
+            }
         }
+    };
+    let mut trails: Vec<&mut [f32]> = match trail.len() / value {
+        0 => (0..value).map(|_| Default::default()).collect(),
+        size => trail.chunks_exact_mut(size).collect(),
     };
     state
         .par_chunks_exact_mut(key_dim * value_dim)
         .zip(by_head.par_chunks_exact_mut(rows * value_dim))
+        .zip(&mut trails)
         .with_min_len((PER_THREAD / work.max(1)).max(1))
         .enumerate()
-        .for_each(|(h, (state, out))| head(h, state, out));
+        .for_each(|(h, ((state, out), trail))| head(h, state, trail, out));
     by_token(&by_head, rows, value, value_dim)
 }
 
@@ -198,17 +209,33 @@ mod tests {
                 .collect();
             let (expected, expected_state) = reference(&qkv, &decay, &beta, heads);
             for piece in 1..=rows {
-                let mut state = vec![0.0; heads.value * heads.key_dim * heads.value_dim];
+                let size = heads.key_dim * heads.value_dim;
+                let mut state = vec![0.0; heads.value * size];
                 let mut out = Vec::new();
                 for start in (0..rows).step_by(piece) {
                     let end = (start + piece).min(rows);
-                    out.extend(delta_rule(
-                        &qkv[start * heads.channels()..end * heads.channels()],
-                        &decay[start * heads.value..end * heads.value],
-                        &beta[start * heads.value..end * heads.value],
-                        &mut state,
-                        heads,
-                    ));
+                    let run = |end: usize, state: &mut [f32], trail: &mut [f32]| {
+                        delta_rule(
+                            &qkv[start * heads.channels()..end * heads.channels()],
+                            &decay[start * heads.value..end * heads.value],
+                            &beta[start * heads.value..end * heads.value],
+                            state,
+                            trail,
+                            heads,
+                        )
+                    };
+                    let before = state.clone();
+                    let kept = end - start - 1;
+                    let mut trail = vec![0.0; heads.value * kept * size];
+                    out.extend(run(end, &mut state, &mut trail));
+                    for row in 0..kept {
+                        let mut part = before.clone();
+                        let _ = run(start + row + 1, &mut part, &mut []);
+                        for (head, part) in part.chunks_exact(size).enumerate() {
+                            let at = (head * kept + row) * size;
+                            assert_eq!(trail[at..at + size], *part, "row {row} of {piece}");
+                        }
+                    }
                 }
                 assert!(
                     max_diff(&out, &expected) < 1e-5,

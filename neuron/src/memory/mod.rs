@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 /// Everything a model remembers of one sequence, on the CPU in f32.
 ///
-/// Only its keys and values grow with the sequence. It cannot be cut back to an earlier position, but [`Snapshot`]s of
-/// it can be taken and gone on from.
+/// Only its keys and values grow with the sequence. It cannot be cut back to any earlier position: [`Snapshot`]s can be
+/// taken and gone on from, and the rows of a step that said so can be taken back.
 #[derive(Debug)]
 pub struct SequenceState {
     /// Tokens whose effect is in it.
@@ -37,6 +37,39 @@ pub(crate) struct DeltaState {
     pub(crate) conv: Vec<f32>,
     /// `S`: `(value heads, key dim, value dim)`. It stays f32: lower precision drifts over long sequences.
     pub(crate) recurrent: Vec<f32>,
+    /// What it was after each row but the last of a step whose rows may be taken back.
+    pub(crate) trail: Option<Trail>,
+}
+
+/// Earlier states of a gated delta net.
+#[derive(Debug, Clone)]
+pub(crate) struct Trail {
+    /// The convolution's tail before the step, then its inputs: `(kernel - 1 + rows, channels)`.
+    pub(crate) conv: Vec<f32>,
+    /// `S` after each row but the last: `(value heads, rows - 1, key dim · value dim)`.
+    pub(crate) recurrent: Vec<f32>,
+    pub(crate) rows: usize,
+    /// Value heads.
+    pub(crate) heads: usize,
+}
+
+impl DeltaState {
+    /// Goes back to where it was after the first `rows` of the last step's rows, one at least.
+    fn keep_rows(&mut self, rows: usize) {
+        let Some(trail) = self.trail.take().filter(|trail| rows < trail.rows) else {
+            return;
+        };
+        let channels = (trail.conv.len() - self.conv.len()) / trail.rows;
+        let tail = self.conv.len();
+        self.conv
+            .copy_from_slice(&trail.conv[rows * channels..][..tail]);
+        let size = self.recurrent.len() / trail.heads;
+        let heads = self.recurrent.chunks_exact_mut(size);
+        for (head, state) in heads.enumerate() {
+            let at = (head * (trail.rows - 1) + rows - 1) * size;
+            state.copy_from_slice(&trail.recurrent[at..at + size]);
+        }
+    }
 }
 
 /// There are not as many free blocks as a step takes.
@@ -112,6 +145,23 @@ impl SequenceState {
     fn shared_blocks(&self, from: usize, to: usize) -> impl Iterator<Item = usize> {
         let end = KvShape::blocks(to).min(self.blocks.len());
         (from / BLOCK..end).filter(|at| Arc::strong_count(&self.blocks[*at]) > 1)
+    }
+
+    /// Takes the rows of the last step back but for the first `rows`, one at least. The step must have said that it may
+    /// happen ([`Segment::revocable`](crate::model::Segment::revocable)) and had `of` rows.
+    pub fn keep_rows(&mut self, rows: usize, of: usize) {
+        self.len -= of - rows;
+        self.drafted = self.drafted.min(self.len);
+        for layer in &mut self.layers {
+            if let LayerState::Delta(state) = layer {
+                state.keep_rows(rows);
+            }
+        }
+    }
+
+    /// Takes back what the drafting layer guessed ahead of the sequence.
+    pub fn follow(&mut self) {
+        self.drafted = self.drafted.min(self.len);
     }
 
     /// Keys of a place and head so far: `(tokens, dim)`.

@@ -20,6 +20,9 @@ pub struct Segment {
     pub rows: Range<usize>,
     /// Which of its rows need logits.
     pub logits: LogitRows,
+    /// Whether the state must be able to go back to the place after any of them, see
+    /// [`SequenceState::keep_rows`](crate::memory::SequenceState::keep_rows).
+    pub revocable: bool,
 }
 
 /// Which rows of a segment need logits.
@@ -50,7 +53,16 @@ impl Batch {
             state,
             rows: start..self.ids.len(),
             logits,
+            revocable: false,
         });
+    }
+
+    /// As [`Self::push`], with logits of every row, for rows some of which may be taken back.
+    pub fn push_revocable(&mut self, state: usize, ids: &[u32]) {
+        self.push(state, ids, LogitRows::All);
+        if let Some(segment) = self.segments.last_mut() {
+            segment.revocable = true;
+        }
     }
 
     /// The rows that need logits, in order: the rows of the tensor that `forward` returns.

@@ -69,8 +69,9 @@ pub trait CausalLm: Send {
     ) -> Result<Tensor, ModelError>;
 
     /// Logits of the tokens after next, by a layer of their own, where the model has one and it was loaded: the rows of
-    /// `batch` are the tokens i + 1 and `hidden`, (t, hidden), what the head saw at the tokens i ([`Seen::HeadInput`]).
-    /// A sequence's rows must come in order and without gaps, as those of [`CausalLm::forward`].
+    /// `batch` are the tokens i + 1 and `hidden`, (t, hidden), is what [`Seen::Final`] showed at the tokens i. A sequence's
+    /// rows must come in order and without gaps, as those of [`CausalLm::forward`]; a layer that is behind leaves no gap,
+    /// and one that was ahead begins where the sequence is.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -79,10 +80,19 @@ pub trait CausalLm: Send {
         batch: &Batch,
         hidden: &Tensor,
         states: &mut [&mut SequenceState],
-    ) -> Option<Result<Tensor, ModelError>> {
+    ) -> Option<Result<Drafted, ModelError>> {
         let _ = (batch, hidden, states);
         None
     }
+}
+
+/// What the drafting layer says.
+#[derive(Debug, Clone)]
+pub struct Drafted {
+    /// Of [`Batch::logit_rows`], in that order: (rows, vocab), f32.
+    pub logits: Tensor,
+    /// What the head saw there, to draft a further token from: (rows, hidden).
+    pub hidden: Tensor,
 }
 
 /// What a probe is shown in a forward pass.
@@ -94,6 +104,8 @@ pub enum Seen {
     Router(usize),
     /// The last rows after the final norm, those that need logits: (rows, hidden).
     HeadInput,
+    /// All rows after the final norm, of a model that was loaded with its drafting layer: (t, hidden).
+    Final,
 }
 
 /// How to load a model.

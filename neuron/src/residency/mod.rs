@@ -378,7 +378,7 @@ impl Shared {
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
-            drafts: false,
+            drafts: self.limits.draft_tokens > 0,
             quant: wanted.quant,
         };
         let model = (self.loader)(&folder, &options, &|share| {
@@ -404,6 +404,7 @@ impl Shared {
                 max_running,
                 prefill_tokens: self.limits.prefill_chunk_tokens,
                 blocks,
+                drafts: self.limits.draft_tokens,
             },
             snapshot_bytes,
             stall_limit: STALL_LIMIT,

@@ -292,7 +292,7 @@ pub struct Usage {
     pub input_tokens: u64,
     pub input_tokens_details: InputTokensDetails,
     pub output_tokens: u64,
-    pub output_tokens_details: usage::CompletionTokensDetails,
+    pub output_tokens_details: OutputTokensDetails,
     pub total_tokens: u64,
 }
 
@@ -304,6 +304,12 @@ pub struct InputTokensDetails {
     pub cache_write_tokens: u64,
 }
 
+/// What the output tokens were made of.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct OutputTokensDetails {
+    pub reasoning_tokens: u64,
+}
+
 impl From<usage::Usage> for Usage {
     fn from(usage: usage::Usage) -> Self {
         Self {
@@ -313,7 +319,11 @@ impl From<usage::Usage> for Usage {
                 cache_write_tokens: 0,
             },
             output_tokens: usage.completion_tokens,
-            output_tokens_details: usage.completion_tokens_details.unwrap_or_default(),
+            output_tokens_details: OutputTokensDetails {
+                reasoning_tokens: usage
+                    .completion_tokens_details
+                    .map_or(0, |details| details.reasoning_tokens),
+            },
             total_tokens: usage.prompt_tokens + usage.completion_tokens,
         }
     }

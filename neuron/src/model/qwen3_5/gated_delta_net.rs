@@ -6,7 +6,7 @@ use crate::kernels::causal_conv::causal_conv;
 use crate::kernels::delta_rule::{Heads, delta_rule};
 use crate::kernels::norm::gated_rms_norm;
 use crate::kernels::{sigmoid, with_f32};
-use crate::memory::{DeltaState, LayerState};
+use crate::memory::{DeltaState, LayerState, Trail};
 use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
 use crate::weights::Weights;
@@ -117,20 +117,28 @@ impl GatedDeltaNet {
                 candle_core::bail!("layer {layer} keeps a recurrent state, its state does not");
             };
             let rows = segment.rows.clone();
-            let convolved = with_f32(&qkv, |qkv| {
-                causal_conv(
-                    &qkv[rows.start * channels..rows.end * channels],
-                    &self.conv1d,
-                    &mut state.conv,
-                    channels,
-                )
+            let (convolved, trail) = with_f32(&qkv, |qkv| {
+                let inputs = &qkv[rows.start * channels..rows.end * channels];
+                let trail = (segment.revocable && rows.len() > 1).then(|| Trail {
+                    conv: [&state.conv, inputs].concat(),
+                    recurrent: vec![0.0; state.recurrent.len() * (rows.len() - 1)],
+                    rows: rows.len(),
+                    heads: value,
+                });
+                let convolved = causal_conv(inputs, &self.conv1d, &mut state.conv, channels);
+                (convolved, trail)
             })?;
+            state.trail = trail;
             let by_head = rows.start * value..rows.end * value;
             mixed.extend(delta_rule(
                 &convolved,
                 &decay[by_head.clone()],
                 &beta[by_head],
                 &mut state.recurrent,
+                state
+                    .trail
+                    .as_mut()
+                    .map_or(&mut [][..], |trail| &mut trail.recurrent),
                 heads,
             ));
         }
@@ -144,6 +152,7 @@ impl GatedDeltaNet {
         LayerState::Delta(DeltaState {
             conv: vec![0.0; (self.taps - 1) * heads.channels()],
             recurrent: vec![0.0; heads.value * heads.key_dim * heads.value_dim],
+            trail: None,
         })
     }
 

@@ -2,7 +2,7 @@
 
 use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
-use super::{Batch, CausalLm, LoadError, LoadOptions, ModelError, Seen};
+use super::{Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Seen};
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
 use crate::weights::Weights;
@@ -103,6 +103,9 @@ impl Qwen3_5ForCausalLm {
         for segment in &pass.batch.segments {
             pass.states[segment.state].len += segment.rows.len();
         }
+        if self.mtp.is_some() {
+            (pass.probe)(Seen::Final, &self.norm.forward(&hidden)?);
+        }
         let hidden = self.wanted(hidden, pass.batch)?;
         if hidden.dim(0)? == 0 {
             return self.no_logits(&hidden);
@@ -117,23 +120,24 @@ impl Qwen3_5ForCausalLm {
         mtp: &MultiTokenPredictor,
         hidden: &Tensor,
         pass: &mut Pass<'_, '_>,
-    ) -> Result<Tensor> {
+    ) -> Result<Drafted> {
         let embeddings = self.embed_tokens.forward(&pass.batch.ids)?; // (t, hidden)
         let x = mtp.forward(&embeddings, hidden, self.layers.len(), pass)?;
-        let x = self.wanted(x, pass.batch)?;
-        if x.dim(0)? == 0 {
-            return self.no_logits(&x);
-        }
-        self.lm_head.forward(&x) // (wanted, vocab)
+        let hidden = self.wanted(x, pass.batch)?;
+        let logits = match hidden.dim(0)? {
+            0 => self.no_logits(&hidden)?,
+            _ => self.lm_head.forward(&hidden)?, // (wanted, vocab)
+        };
+        Ok(Drafted { logits, hidden })
     }
 
-    fn draft_after(
+    fn draft_with(
         &self,
         mtp: &MultiTokenPredictor,
         batch: &Batch,
         hidden: &Tensor,
         states: &mut [&mut SequenceState],
-    ) -> std::result::Result<Tensor, ModelError> {
+    ) -> std::result::Result<Drafted, ModelError> {
         let starts = states.iter().map(|state| state.drafted).collect();
         for segment in &batch.segments {
             states[segment.state].make_room_for_drafts(segment.rows.len())?;
@@ -220,9 +224,9 @@ impl CausalLm for Qwen3_5ForCausalLm {
         batch: &Batch,
         hidden: &Tensor,
         states: &mut [&mut SequenceState],
-    ) -> Option<std::result::Result<Tensor, ModelError>> {
+    ) -> Option<std::result::Result<Drafted, ModelError>> {
         let mtp = self.mtp.as_ref()?;
-        Some(self.draft_after(mtp, batch, hidden, states))
+        Some(self.draft_with(mtp, batch, hidden, states))
     }
 }
 
