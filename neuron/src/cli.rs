@@ -44,7 +44,7 @@ pub struct ServeArgs {
     /// The name requests use for it [default: the last part of --model]
     #[arg(long, value_name = "NAME", requires = "model")]
     pub id: Option<String>,
-    /// Hold its weights in this number format: f32, f16, bf16 or q8_0 [default: that of its files]
+    /// Hold its weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k [default: that of its files]
     #[arg(long, value_name = "FORMAT", requires = "model")]
     pub quant: Option<WeightFormat>,
     /// Where to listen [default: as configured, else 127.0.0.1:13131]

@@ -27,7 +27,7 @@ pub struct VerifyArgs {
     /// Largest difference that passes.
     #[arg(long, value_name = "X", default_value_t = 3e-4)]
     pub tolerance: f32,
-    /// Hold the weights in this number format: f32, f16, bf16 or q8_0; that of the files without it.
+    /// Hold the weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k; that of the files without it.
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<Format>,
     /// Judge by averages, as fits weights that are rounded: pass when the mean divergence of the predicted

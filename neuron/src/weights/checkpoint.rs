@@ -3,8 +3,7 @@
 use super::Fault;
 use super::names::{GroupedHeads, canonical};
 use crate::model::LoadError;
-use crate::quant::Format;
-use half::{bf16, f16};
+use crate::quant::{self, Format};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -222,19 +221,8 @@ impl Source<'_> {
         for bytes in self.entry.locate(run) {
             let (own, rest) = out.split_at_mut(bytes.len() / size);
             let bytes = &self.mapped[bytes];
-            match self.format {
-                Format::F32 => convert(bytes, own, f32::from_le_bytes),
-                Format::F16 => convert(bytes, own, |b| f16::from_le_bytes(b).to_f32()),
-                Format::Bf16 => convert(bytes, own, |b| bf16::from_le_bytes(b).to_f32()),
-                Format::Q8_0 => unreachable!("safetensors files hold no blocks"),
-            }
+            quant::decode(self.format, bytes, own);
             out = rest;
         }
-    }
-}
-
-fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
-    for (number, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
-        *number = convert(bytes.try_into().expect("chunks of N bytes"));
     }
 }

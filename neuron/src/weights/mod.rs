@@ -420,7 +420,7 @@ impl Part<'_, '_> {
         let format = format_of(&self.name, width, source.format, shared.quant);
         let held = &self.held;
         let fill = |row, out: &mut [f32]| held.decode(&source, row, out);
-        let Some(matrix) = Matrix::from_rows(format, rows, width, fill) else {
+        let Some(matrix) = Matrix::from_rows(format, rows, width, &fill) else {
             let name = self.name.clone();
             self.fault(Fault::Range { name, format });
             return Ok(Self::stand_in());
@@ -471,6 +471,7 @@ impl Part<'_, '_> {
 
     /// Loading goes on with it, to find the other faults, and then fails.
     fn stand_in() -> Matrix {
-        Matrix::from_rows(Format::F32, 0, 0, |_, _| {}).expect("there is no number in it")
+        Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {})
+            .expect("there is no number in it")
     }
 }
