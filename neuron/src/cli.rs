@@ -38,7 +38,7 @@ pub struct ServeArgs {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Serve this model: a folder in Hugging Face layout or a hub id
+    /// Serve this model: a folder in Hugging Face layout, a GGUF file or a hub id
     #[arg(long, value_name = "DIR_OR_HUB_ID", conflicts_with = "config")]
     pub model: Option<String>,
     /// The name requests use for it [default: the last part of --model]
@@ -86,9 +86,10 @@ impl ServeArgs {
     }
 }
 
-/// The last part of a folder or hub id.
+/// The last part of a folder, a file or a hub id.
 fn name_of(source: &str) -> String {
     let name = source.trim_end_matches('/').rsplit('/').next();
+    let name = name.map(|name| name.strip_suffix(".gguf").unwrap_or(name));
     name.filter(|name| !name.is_empty() && !name.starts_with('.'))
         .unwrap_or("model")
         .to_owned()

@@ -106,8 +106,8 @@ pub struct Predictions {
 }
 
 impl Predictions {
-    /// Adds a token.
-    fn add(&mut self, found: &[f32], golden: &[f32]) {
+    /// Adds a token: the logits found and the golden ones.
+    pub fn add(&mut self, found: &[f32], golden: &[f32]) {
         let (found_log, golden_log) = (log_softmax(found), log_softmax(golden));
         let pairs = golden_log.iter().zip(&found_log);
         let kl = pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>();

@@ -111,7 +111,7 @@ pub struct NodeModels {
 pub struct LoadModel {
     /// The name requests will use.
     pub id: String,
-    /// A folder in Hugging Face layout, or a hub id (`owner/name`).
+    /// A folder in Hugging Face layout, a GGUF file, or a hub id (`owner/name`).
     pub source: String,
     /// Upper bound on prompt plus answer in tokens; the model's own limit when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -53,16 +53,14 @@ pub fn unit(format: Format) -> (usize, usize) {
 #[must_use]
 pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format>) -> Format {
     const AS_STORED: [&str; 5] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc"];
-    let Some(wanted) = wanted else {
-        return stored;
-    };
     let module = name.strip_suffix(".weight").unwrap_or(name);
     let module = module.rsplit('.').next().unwrap_or(module);
     let format = match (module, wanted) {
-        (module, _) if AS_STORED.contains(&module) => return stored,
-        ("in_proj_qkv", Format::Q6K | Format::Q5K | Format::Q4K) => Format::Q8_0,
-        ("embed_tokens" | "lm_head", Format::Q5K | Format::Q4K) => Format::Q6K,
-        _ => wanted,
+        (_, None) => stored,
+        (module, _) if AS_STORED.contains(&module) => stored,
+        ("in_proj_qkv", Some(Format::Q6K | Format::Q5K | Format::Q4K)) => Format::Q8_0,
+        ("embed_tokens" | "lm_head", Some(Format::Q5K | Format::Q4K)) => Format::Q6K,
+        (_, Some(wanted)) => wanted,
     };
     let fits = |format| width.is_multiple_of(unit(format).0);
     if fits(format) {
