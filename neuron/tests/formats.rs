@@ -105,7 +105,7 @@ fn logits(place: &Path, quant: Option<Format>) -> Vec<Vec<f32>> {
     let model = model::load(place, &options, &|_| {}).unwrap();
     let mut random = StdRng::seed_from_u64(9);
     let ids: Vec<u32> = (0..130).map(|_| random.random_range(0..512)).collect();
-    let mut state = model.new_state().unwrap();
+    let mut state = model.new_state();
     // a few rows at a time, as weights are streamed then
     let pieces = ids.chunks(10).flat_map(|ids| {
         let batch = Batch::single(ids, LogitRows::All);

@@ -90,7 +90,7 @@ fn what_must_be_absent_is_absent() {
         "Pingora is named only in proxy/src/pingora",
         naming(
             "proxy/src",
-            &["pingora_core", "pingora_proxy", "pingora_http"],
+            &["pingora_core", "pingora_http"],
             &["/pingora/"],
         ),
     );

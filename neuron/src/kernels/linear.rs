@@ -209,9 +209,15 @@ mod tests {
 
     fn matrix(format: Format, out: usize, width: usize) -> Matrix {
         let values = numbers(2, out * width);
-        Matrix::from_rows(format, out, width, &|row, numbers: &mut [f32]| {
-            numbers.copy_from_slice(&values[row * width..][..width]);
-        })
+        Matrix::from_rows(
+            format,
+            out,
+            width,
+            &|row, numbers: &mut [f32]| {
+                numbers.copy_from_slice(&values[row * width..][..width]);
+            },
+            |_| {},
+        )
         .expect("they fit")
     }
 

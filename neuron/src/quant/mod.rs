@@ -291,11 +291,6 @@ pub trait Rows: Sync {
         let _ = (row, out);
         false
     }
-
-    /// Told when some rows have been taken, in order; none of them is asked for again.
-    fn taken(&self, rows: Range<usize>) {
-        let _ = rows;
-    }
 }
 
 impl<F: Fn(usize, &mut [f32]) + Sync> Rows for F {
@@ -311,7 +306,8 @@ struct Scratch {
 }
 
 impl Matrix {
-    /// A matrix made of `rows` rows of `source`. `None` when a number does not fit the format.
+    /// A matrix made of `rows` rows of `source`. `None` when a number does not fit the format. `taken` is told, in order,
+    /// which rows are done and will not be asked for again.
     ///
     /// # Panics
     /// When a row is no whole number of the format's blocks.
@@ -320,15 +316,17 @@ impl Matrix {
         rows: usize,
         width: usize,
         source: &(impl Rows + ?Sized),
+        taken: impl Fn(Range<usize>),
     ) -> Option<Self> {
         fn units<U: Unit>(
             rows: usize,
             width: usize,
             source: &(impl Rows + ?Sized),
+            taken: impl Fn(Range<usize>),
         ) -> Option<Vec<U>> {
             /// Rows for a thread at a time, so that small rows do not cost a task each.
             const LEAST: usize = 16;
-            /// Numbers after which the source is told: what it lent until then can be given back.
+            /// Numbers after which `taken` is told: what was lent until then can be given back.
             const PIECE: usize = 1 << 23;
             assert!(
                 width.is_multiple_of(U::LEN),
@@ -352,18 +350,18 @@ impl Matrix {
                         take_row(source, first + row, scratch, out)
                     })
                     .reduce(|| true, |one, other| one && other);
-                source.taken(first..first + part.len() / count.max(1));
+                taken(first..first + part.len() / count.max(1));
             }
             fits.then_some(all)
         }
         let numbers = match format {
-            Format::F32 => Numbers::F32(units(rows, width, source)?),
-            Format::F16 => Numbers::F16(units(rows, width, source)?),
-            Format::Bf16 => Numbers::Bf16(units(rows, width, source)?),
-            Format::Q8_0 => Numbers::Q8_0(units(rows, width, source)?),
-            Format::Q6K => Numbers::Q6K(units(rows, width, source)?),
-            Format::Q5K => Numbers::Q5K(units(rows, width, source)?),
-            Format::Q4K => Numbers::Q4K(units(rows, width, source)?),
+            Format::F32 => Numbers::F32(units(rows, width, source, taken)?),
+            Format::F16 => Numbers::F16(units(rows, width, source, taken)?),
+            Format::Bf16 => Numbers::Bf16(units(rows, width, source, taken)?),
+            Format::Q8_0 => Numbers::Q8_0(units(rows, width, source, taken)?),
+            Format::Q6K => Numbers::Q6K(units(rows, width, source, taken)?),
+            Format::Q5K => Numbers::Q5K(units(rows, width, source, taken)?),
+            Format::Q4K => Numbers::Q4K(units(rows, width, source, taken)?),
         };
         Some(Self {
             rows,
@@ -450,9 +448,15 @@ mod tests {
     use crate::kernels::testing::numbers;
 
     fn held(format: Format, rows: usize, width: usize, values: &[f32]) -> Option<Matrix> {
-        Matrix::from_rows(format, rows, width, &|row, out: &mut [f32]| {
-            out.copy_from_slice(&values[row * width..][..width]);
-        })
+        Matrix::from_rows(
+            format,
+            rows,
+            width,
+            &|row, out: &mut [f32]| {
+                out.copy_from_slice(&values[row * width..][..width]);
+            },
+            |_| {},
+        )
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::names::{GroupedHeads, canonical};
 use super::{Fault, FormatError, gguf_names};
 use crate::model::LoadError;
 use crate::quant::{self, Format};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
@@ -326,6 +326,27 @@ impl Source<'_> {
     pub(super) fn stored(&self, count: usize) -> u64 {
         let (numbers, bytes) = self.entry.unit();
         (count / numbers * bytes) as u64
+    }
+
+    /// Lets the kernel take back the memory in which the file's bytes of `run` lie: what was read stays in the page cache,
+    /// but is no longer this process's, so that a checkpoint is not there twice while it is converted.
+    pub(super) fn give_back(&self, run: Range<usize>) {
+        let (numbers, _) = self.entry.unit();
+        let whole = run.start / numbers * numbers..run.end.next_multiple_of(numbers);
+        for bytes in self.entry.locate(whole) {
+            // SAFETY: the mapping is of a file and read-only, so its pages come back with the same bytes when asked for
+            #[allow(unsafe_code)]
+            let told = unsafe {
+                self.mapped.unchecked_advise_range(
+                    UncheckedAdvice::DontNeed,
+                    bytes.start,
+                    bytes.len(),
+                )
+            };
+            if let Err(error) = told {
+                tracing::debug!(%error, "the kernel keeps pages of a checkpoint");
+            }
+        }
     }
 
     /// The bytes of `run`, counted in numbers through the whole tensor, if they can be taken as they are; `out` is as long.

@@ -10,7 +10,7 @@ use crate::quant::{Format, Matrix, Rows, format_of};
 use candle_core::{DType, Device, Tensor};
 use checkpoint::{Checkpoint, Source};
 use std::cell::{RefCell, RefMut};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -88,6 +88,8 @@ struct Shared<'a> {
     quant: Option<Format>,
     communicator: Arc<dyn Communicator>,
     progress: &'a (dyn Fn(f32) + 'a),
+    /// Bytes of all tensors.
+    bytes: u64,
     book: RefCell<Book>,
 }
 
@@ -98,6 +100,8 @@ struct Book {
     faults: Vec<Fault>,
     bytes_read: u64,
     bytes_kept: u64,
+    /// Bytes of matrices by the format they are held in.
+    held: BTreeMap<&'static str, u64>,
 }
 
 /// A tensor that is not as the model needs it.
@@ -205,6 +209,7 @@ impl<'a> Weights<'a> {
     ) -> Result<Self, LoadError> {
         let checkpoint = Checkpoint::open(place, heads)?;
         let shared = Shared {
+            bytes: checkpoint.bytes(),
             checkpoint,
             device: device.clone(),
             quant,
@@ -335,6 +340,11 @@ impl<'a> Weights<'a> {
                 "the checkpoint has tensors that nothing here reads"
             );
         }
+        let held = book.held.iter();
+        let held: Vec<String> = held
+            .map(|(format, bytes)| format!("{} MB in {format}", bytes / 1_000_000))
+            .collect();
+        tracing::info!("matrices: {}", held.join(", "));
         Ok(book.bytes_kept)
     }
 
@@ -397,14 +407,22 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Notes that `read` bytes were read and `kept` bytes are held.
-    fn count(&self, read: u64, kept: u64) {
+    /// Notes that `read` bytes were read.
+    fn count(&self, read: u64) {
+        /// Below this a model is there before anybody asks.
+        const WORTH_TELLING: u64 = 1 << 28;
+        let all = self.shared.bytes;
         let mut book = self.book();
+        let tenth = |read: u64| 10 * read / all.max(1);
+        let before = tenth(book.bytes_read);
         book.bytes_read += read;
-        book.bytes_kept += kept;
-        let share = book.bytes_read as f32 / self.shared.checkpoint.bytes() as f32;
+        let read = book.bytes_read;
         drop(book);
-        (self.shared.progress)(share.min(1.0));
+        if all > WORTH_TELLING && tenth(read) > before {
+            let mega = |bytes: u64| bytes / 1_000_000;
+            tracing::info!("read {} of {} MB", mega(read), mega(all));
+        }
+        (self.shared.progress)((read as f32 / all as f32).min(1.0));
     }
 }
 
@@ -462,6 +480,29 @@ struct Held<'a> {
     as_stored: bool,
 }
 
+impl Held<'_> {
+    /// These rows are read and will not be again.
+    fn give_back(&self, rows: Range<usize>) {
+        let stride = self.selection.stride;
+        match &self.selection.rows[..] {
+            // nothing between them
+            [held] => {
+                let (start, end) = (held.start + rows.start, held.start + rows.end);
+                self.source.give_back(start * stride..end * stride);
+            }
+            parts => {
+                let all = self.selection.row_count();
+                if rows.end == all {
+                    for part in parts {
+                        self.source
+                            .give_back(part.start * stride..part.end * stride);
+                    }
+                }
+            }
+        }
+    }
+}
+
 impl Rows for Held<'_> {
     fn numbers(&self, row: usize, mut out: &mut [f32]) {
         for run in self.selection.runs(row) {
@@ -500,13 +541,19 @@ impl Part<'_, '_> {
             selection: &self.held,
             as_stored: format == source.stored_format(),
         };
-        let Some(matrix) = Matrix::from_rows(format, rows, width, &held) else {
+        let taken = |own: Range<usize>| {
+            self.weights.count(source.stored(own.len() * width));
+            held.give_back(own);
+        };
+        let Some(matrix) = Matrix::from_rows(format, rows, width, &held, taken) else {
             let name = self.name.clone();
             self.fault(Fault::Range { name, format });
             return Ok(Self::stand_in());
         };
-        self.weights
-            .count(source.stored(rows * width), matrix.bytes());
+        let mut book = self.weights.book();
+        book.bytes_kept += matrix.bytes();
+        *book.held.entry(format.as_str()).or_default() += matrix.bytes();
+        drop(book);
         Ok(matrix)
     }
 
@@ -535,8 +582,9 @@ impl Part<'_, '_> {
         for (row, out) in numbers.chunks_exact_mut(width.max(1)).enumerate() {
             held.numbers(row, out);
         }
-        self.weights
-            .count(source.stored(numbers.len()), 4 * numbers.len() as u64);
+        source.give_back(0..self.shape.iter().product());
+        self.weights.book().bytes_kept += 4 * numbers.len() as u64;
+        self.weights.count(source.stored(numbers.len()));
         Ok(Tensor::from_vec(numbers, shape, device)?)
     }
 
@@ -556,7 +604,7 @@ impl Part<'_, '_> {
 
     /// Loading goes on with it, to find the other faults, and then fails.
     fn stand_in() -> Matrix {
-        Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {})
+        Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {}, |_| {})
             .expect("there is no number in it")
     }
 }

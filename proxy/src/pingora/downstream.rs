@@ -7,11 +7,13 @@ use bytes::{Bytes, BytesMut};
 use filters::{Body, Request, Response};
 use futures::StreamExt;
 use http::{HeaderValue, Method, StatusCode, Version, header};
+use pingora_core::apps::{
+    HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream,
+};
 use pingora_core::protocols::http::ServerSession;
-use pingora_core::upstreams::peer::HttpPeer;
+use pingora_core::server::ShutdownWatch;
 use pingora_core::{Error, ErrorType};
 use pingora_http::ResponseHeader;
-use pingora_proxy::{ProxyHttp, Session};
 use protocol::{ApiError, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,16 +43,47 @@ pub(crate) struct Serving {
     pub(crate) intake: Intake,
 }
 
-/// Hosts the stack in Pingora's proxy: `request_filter` answers every request itself, because a gateway that routes
-/// on the body has to read it before it can choose an upstream.
+/// Hosts the stack as an application of Pingora's server. It is not one of Pingora's proxy, which picks the upstream
+/// before the body may be read: a gateway that routes on the body answers every request itself.
 pub(crate) struct Gateway {
     serving: Arc<ArcSwap<Serving>>,
     draining: Arc<AtomicBool>,
+    options: HttpServerOptions,
 }
 
 impl Gateway {
     pub(crate) fn new(serving: Arc<ArcSwap<Serving>>, draining: Arc<AtomicBool>) -> Self {
-        Self { serving, draining }
+        let mut options = HttpServerOptions::default();
+        options.h2c = true; // clients that know it begin with HTTP/2's preface, others are spoken to as ever
+        Self {
+            serving,
+            draining,
+            options,
+        }
+    }
+
+    /// Waits for a request's head. `None` where none comes: the connection is done with.
+    async fn next_request(&self, session: &mut ServerSession) -> Option<()> {
+        let refusal = match session.read_request().await {
+            Ok(true) if session.req_header().method == Method::CONNECT => {
+                StatusCode::METHOD_NOT_ALLOWED
+            }
+            Ok(true) => return Some(()),
+            Ok(false) => return None,
+            Err(error) if *error.etype() == ErrorType::InvalidHTTPHeader => {
+                tracing::debug!(%error, "not a request");
+                StatusCode::BAD_REQUEST
+            }
+            Err(error) => {
+                tracing::debug!(%error, "client left");
+                return None;
+            }
+        };
+        if let Err(error) = session.respond_error(refusal.as_u16()).await {
+            tracing::debug!(%error, "client left");
+        }
+        session.shutdown().await;
+        None
     }
 
     async fn answer(&self, session: &mut ServerSession) -> pingora_core::Result<()> {
@@ -226,34 +259,28 @@ async fn pass(session: &mut ServerSession, body: &mut Body) -> pingora_core::Res
 }
 
 #[async_trait]
-impl ProxyHttp for Gateway {
-    type CTX = ();
-
-    fn new_ctx(&self) {}
-
-    async fn request_filter(
-        &self,
-        session: &mut Session,
-        (): &mut (),
-    ) -> pingora_core::Result<bool> {
-        let session = session.as_downstream_mut();
-        session.set_pipelining_enabled(true);
-        if let Err(error) = self.answer(session).await {
-            tracing::debug!(%error, "client left");
+impl HttpServerApp for Gateway {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        self.next_request(&mut session).await?;
+        if *shutdown.borrow() {
             session.set_keepalive(None);
-            session.shutdown().await;
         }
-        Ok(true)
+        session.set_pipelining_enabled(true);
+        if let Err(error) = self.answer(&mut session).await {
+            tracing::debug!(%error, "client left");
+            session.shutdown().await;
+            return None;
+        }
+        let settings = HttpPersistentSettings::for_session(&session);
+        let reusable = session.finish().await.ok()??;
+        Some(ReusedHttpStream::from_reusable_stream(reusable, settings))
     }
 
-    async fn upstream_peer(
-        &self,
-        _: &mut Session,
-        (): &mut (),
-    ) -> pingora_core::Result<Box<HttpPeer>> {
-        Error::e_explain(
-            ErrorType::InternalError,
-            "request_filter answers every request",
-        )
+    fn server_options(&self) -> Option<&HttpServerOptions> {
+        Some(&self.options)
     }
 }

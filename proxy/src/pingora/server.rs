@@ -4,7 +4,6 @@ use super::downstream::Gateway;
 use crate::app::App;
 use crate::config::Tls;
 use async_trait::async_trait;
-use pingora_core::apps::HttpServerOptions;
 use pingora_core::apps::http_app::ServeHttp;
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::protocols::http::ServerSession;
@@ -58,11 +57,7 @@ pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
     server.bootstrap();
 
     let gateway = Gateway::new(app.serving.clone(), app.draining.clone());
-    let mut gateway = pingora_proxy::http_proxy_service(&server.configuration, gateway);
-    let logic = gateway.app_logic_mut().expect("it has not started yet");
-    let mut options = HttpServerOptions::default();
-    options.h2c = true; // clients that know it begin with HTTP/2's preface, others are spoken to as ever
-    logic.server_options = Some(options);
+    let mut gateway = Service::new("gateway".into(), gateway);
     gateway.add_tcp(&config.listen.to_string());
     if let Some(tls) = tls {
         gateway.add_tls_with_settings(&tls.listen.to_string(), None, settings(tls)?);
