@@ -8,6 +8,7 @@ mod idle;
 mod load;
 mod machine;
 mod mock;
+mod model;
 mod processes;
 mod servers;
 
@@ -37,6 +38,8 @@ enum Command {
     Gateway(gateway::GatewayArgs),
     /// Hold idle streams through nginx and cortex and print what they take in memory.
     Idle(idle::IdleArgs),
+    /// Write a checkpoint of random numbers in the shape of a release.
+    Model(model::ModelArgs),
 }
 
 fn main() -> ExitCode {
@@ -80,5 +83,6 @@ async fn run(command: Command, threads: usize) -> anyhow::Result<()> {
         Command::Load(args) => load::run(args).await,
         Command::Gateway(args) => gateway::run(args, threads).await,
         Command::Idle(args) => idle::run(args, threads).await,
+        Command::Model(args) => model::write(&args),
     }
 }

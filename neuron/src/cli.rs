@@ -38,13 +38,13 @@ pub struct ServeArgs {
     /// The configuration file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Serve this model: a folder in Hugging Face layout or a hub id
+    /// Serve this model: a folder in Hugging Face layout, a GGUF file or a hub id
     #[arg(long, value_name = "DIR_OR_HUB_ID", conflicts_with = "config")]
     pub model: Option<String>,
     /// The name requests use for it [default: the last part of --model]
     #[arg(long, value_name = "NAME", requires = "model")]
     pub id: Option<String>,
-    /// Hold its weights in this number format: f32, f16, bf16 or q8_0 [default: that of its files]
+    /// Hold its weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k [default: that of its files]
     #[arg(long, value_name = "FORMAT", requires = "model")]
     pub quant: Option<WeightFormat>,
     /// Where to listen [default: as configured, else 127.0.0.1:13131]
@@ -86,9 +86,10 @@ impl ServeArgs {
     }
 }
 
-/// The last part of a folder or hub id.
+/// The last part of a folder, a file or a hub id.
 fn name_of(source: &str) -> String {
     let name = source.trim_end_matches('/').rsplit('/').next();
+    let name = name.map(|name| name.strip_suffix(".gguf").unwrap_or(name));
     name.filter(|name| !name.is_empty() && !name.starts_with('.'))
         .unwrap_or("model")
         .to_owned()

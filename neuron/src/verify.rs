@@ -27,7 +27,7 @@ pub struct VerifyArgs {
     /// Largest difference that passes.
     #[arg(long, value_name = "X", default_value_t = 3e-4)]
     pub tolerance: f32,
-    /// Hold the weights in this number format: f32, f16, bf16 or q8_0; that of the files without it.
+    /// Hold the weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k; that of the files without it.
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<Format>,
     /// Judge by averages, as fits weights that are rounded: pass when the mean divergence of the predicted
@@ -106,8 +106,8 @@ pub struct Predictions {
 }
 
 impl Predictions {
-    /// Adds a token.
-    fn add(&mut self, found: &[f32], golden: &[f32]) {
+    /// Adds a token: the logits found and the golden ones.
+    pub fn add(&mut self, found: &[f32], golden: &[f32]) {
         let (found_log, golden_log) = (log_softmax(found), log_softmax(golden));
         let pairs = golden_log.iter().zip(&found_log);
         let kl = pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>();

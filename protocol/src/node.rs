@@ -111,7 +111,7 @@ pub struct NodeModels {
 pub struct LoadModel {
     /// The name requests will use.
     pub id: String,
-    /// A folder in Hugging Face layout, or a hub id (`owner/name`).
+    /// A folder in Hugging Face layout, a GGUF file, or a hub id (`owner/name`).
     pub source: String,
     /// Upper bound on prompt plus answer in tokens; the model's own limit when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -133,6 +133,15 @@ pub enum WeightFormat {
     Bf16,
     /// 34 bytes for 32 numbers: 8 bits each and a common scale (as `Q8_0` in GGUF files).
     Q8_0,
+    /// 210 bytes for 256 numbers: 6 bits each, a scale of 8 bits for 16 (as `Q6_K` in GGUF files).
+    #[serde(rename = "q6_k")]
+    Q6K,
+    /// 176 bytes for 256 numbers: 5 bits each, scale and offset of 6 bits for 32 (as `Q5_K` in GGUF files).
+    #[serde(rename = "q5_k")]
+    Q5K,
+    /// 144 bytes for 256 numbers: 4 bits each, scale and offset of 6 bits for 32 (as `Q4_K` in GGUF files).
+    #[serde(rename = "q4_k")]
+    Q4K,
 }
 
 /// A name that is no [`WeightFormat`].
@@ -141,7 +150,15 @@ pub struct UnknownFormat(String);
 
 impl WeightFormat {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0];
+    pub const ALL: [Self; 7] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::Q8_0,
+        Self::Q6K,
+        Self::Q5K,
+        Self::Q4K,
+    ];
 
     /// The word used on the wire, in files and on the command line.
     #[must_use]
@@ -151,6 +168,9 @@ impl WeightFormat {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
+            Self::Q6K => "q6_k",
+            Self::Q5K => "q5_k",
+            Self::Q4K => "q4_k",
         }
     }
 }

@@ -43,7 +43,7 @@ pub(crate) struct StatusArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct UpArgs {
-    /// A model folder or a hub id; without one, the default of conf/models.toml.
+    /// A model folder, a GGUF file or a hub id; without one, the default of conf/models.toml.
     #[arg(long, value_name = "DIR_OR_HUB_ID")]
     pub(crate) model: Option<String>,
     /// Send one prompt, print the answer as it comes, and stop.

@@ -23,7 +23,7 @@ const LOAD_FIELDS: &[Field] = &[
     (
         "quant",
         is::<Option<WeightFormat>>,
-        "one of f32, f16, bf16, q8_0",
+        "one of f32, f16, bf16, q8_0, q6_k, q5_k, q4_k",
     ),
 ];
 

@@ -1,10 +1,11 @@
 //! `x · Wᵀ` for weights in any format. A few rows stream the weights once; many rows meet a panel of weights at a time,
 //! widened to f32, in a blocked product.
 
-use super::with_f32;
-use crate::quant::{Matrix, Numbers, Q8Block};
+use super::{vectorised, with_f32};
+use crate::quant::{Matrix, Numbers, Q4K, Q5K, Q6K, Q8Block, each_format};
 use candle_core::{Result, Tensor};
 use dot::{Portable, Weight};
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 mod dot;
@@ -42,10 +43,18 @@ pub fn linear(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
     Tensor::from_vec(product, (rows, weight.rows()), x.device())
 }
 
+/// Whether this processor has AVX2, FMA and F16C. The answer is cached by the standard library.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
 /// Each row of weights is read once and meets all rows of x while it is in the cache.
 fn few_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
     #[cfg(target_arch = "x86_64")]
-    if dot_avx2::is_supported() {
+    if has_avx2() {
         return stream::<dot_avx2::Avx2>(x, rows, weight);
     }
     stream::<Portable>(x, rows, weight)
@@ -53,15 +62,9 @@ fn few_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
 
 fn stream<D>(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32>
 where
-    D: Dot<f32> + Dot<half::f16> + Dot<half::bf16> + Dot<Q8Block>,
+    D: Dot<f32> + Dot<f16> + Dot<bf16> + Dot<Q8Block> + Dot<Q6K> + Dot<Q5K> + Dot<Q4K>,
 {
-    let width = weight.width();
-    match weight.numbers() {
-        Numbers::F32(all) => stream_as::<f32, D>(x, rows, all, width),
-        Numbers::F16(all) => stream_as::<half::f16, D>(x, rows, all, width),
-        Numbers::Bf16(all) => stream_as::<half::bf16, D>(x, rows, all, width),
-        Numbers::Q8_0(all) => stream_as::<Q8Block, D>(x, rows, all, width),
-    }
+    each_format!(weight.numbers(), all => stream_as::<_, D>(x, rows, all, weight.width()))
 }
 
 /// The products of a row of weights with up to [`TILE`] rows of x, on some kind of processor.
@@ -76,7 +79,15 @@ fn stream_as<W: Weight, D: Dot<W>>(
     weights: &[W],
     width: usize,
 ) -> Vec<f32> {
-    let inputs: Vec<Vec<W::Input>> = x.chunks_exact(width.max(1)).map(W::inputs).collect();
+    let inputs: Vec<Vec<W::Input>> = x
+        .chunks_exact(width.max(1))
+        .map(|x| {
+            vectorised(
+                #[inline(always)]
+                || W::inputs(x),
+            )
+        })
+        .collect();
     let inputs: Vec<&[W::Input]> = inputs.iter().map(Vec::as_slice).collect();
     let units = width / W::LEN;
     let out = weights.len() / units.max(1);
@@ -178,10 +189,10 @@ fn many_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
 mod tests {
     use super::super::testing::{max_diff, numbers};
     use super::*;
-    use crate::quant::Format;
+    use crate::quant::{Format, unit};
     use candle_core::Device;
 
-    const SHAPES: [(usize, usize, usize); 8] = [
+    const SHAPES: [(usize, usize, usize); 12] = [
         (1, 7, 5),
         (1, 96, 70),
         (2, 64, 33),
@@ -190,13 +201,23 @@ mod tests {
         (12, 100, 17),
         (13, 100, 17),
         (40, 64, 131),
+        (1, 768, 11),
+        (2, 256, 3),
+        (7, 1280, 5),
+        (13, 512, 66),
     ];
 
     fn matrix(format: Format, out: usize, width: usize) -> Matrix {
         let values = numbers(2, out * width);
-        Matrix::from_rows(format, out, width, |row, numbers| {
-            numbers.copy_from_slice(&values[row * width..][..width]);
-        })
+        Matrix::from_rows(
+            format,
+            out,
+            width,
+            &|row, numbers: &mut [f32]| {
+                numbers.copy_from_slice(&values[row * width..][..width]);
+            },
+            |_| {},
+        )
         .expect("they fit")
     }
 
@@ -222,19 +243,19 @@ mod tests {
 
     #[test]
     fn few_and_many_rows_meet_the_reference_in_every_format() {
-        for format in [Format::F32, Format::F16, Format::Bf16, Format::Q8_0] {
+        for format in Format::ALL {
             for (rows, width, out) in SHAPES {
-                if format == Format::Q8_0 && width % 32 != 0 {
+                if !width.is_multiple_of(unit(format).0) {
                     continue;
                 }
                 let weight = matrix(format, out, width);
                 let x = numbers(1, rows * width);
                 let expected = reference(&x, &weight);
-                // a few rows of x are rounded to 8 bits before they meet weights of 8 bits
-                let bound = if format == Format::Q8_0 && rows <= FEW {
+                // a few rows of x are rounded to 8 bits before they meet weights in blocks
+                let bound = if unit(format).0 > 1 && rows <= FEW {
                     0.02 * (width as f64).sqrt()
                 } else {
-                    2e-5
+                    4e-5
                 };
                 let paths: [(&str, Vec<f32>); 2] = [
                     (
@@ -263,16 +284,39 @@ mod tests {
     }
 
     #[test]
-    fn every_processor_gives_the_same_numbers_for_eight_bits() {
-        // 8-bit products are whole numbers: only the order in which blocks are summed may differ
-        let (rows, width, out) = (5, 224, 9);
-        let weight = matrix(Format::Q8_0, out, width);
-        let x = numbers(3, rows * width);
-        let portable: Vec<f64> = stream::<Portable>(&x, rows, &weight)
-            .into_iter()
-            .map(f64::from)
-            .collect();
-        assert!(max_diff(&few_rows(&x, rows, &weight), &portable) < 1e-5);
+    fn every_processor_gives_the_same_numbers_for_blocks() {
+        // products within a block are whole numbers: only the order in which blocks are summed may differ
+        for format in [Format::Q8_0, Format::Q6K, Format::Q5K, Format::Q4K] {
+            for rows in 1..=5 {
+                let (width, out) = (1792, 9);
+                let weight = matrix(format, out, width);
+                let x = numbers(3, rows * width);
+                let portable: Vec<f64> = stream::<Portable>(&x, rows, &weight)
+                    .into_iter()
+                    .map(f64::from)
+                    .collect();
+                let diff = max_diff(&few_rows(&x, rows, &weight), &portable);
+                assert!(diff < 2e-5, "{format}, {rows} rows: {diff}");
+            }
+        }
+    }
+
+    #[test]
+    fn rounded_rows_of_x_lose_no_more_than_their_bits() {
+        // weights of blocks of 256 meet x in 8 bits: held to f64 with x as it was rounded
+        for format in [Format::Q6K, Format::Q5K, Format::Q4K] {
+            let (width, out) = (768, 6);
+            let weight = matrix(format, out, width);
+            let x = numbers(4, width);
+            let inputs = <Q4K as Weight>::inputs(&x);
+            let rounded: Vec<f32> = inputs
+                .iter()
+                .flat_map(|input| input.values.map(|value| input.scale * f32::from(value)))
+                .collect();
+            let expected = reference(&rounded, &weight);
+            let diff = max_diff(&few_rows(&x, 1, &weight), &expected);
+            assert!(diff < 2e-5, "{format}: {diff}");
+        }
     }
 
     #[test]

@@ -35,6 +35,25 @@ pub fn with_f32<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T>
     }
 }
 
+/// Runs `work` compiled for the widest vectors this processor has, as far as it is inlined: loops over slices gain
+/// two to four times. What it computes is the same.
+#[inline]
+pub(crate) fn vectorised<T>(work: impl FnOnce() -> T) -> T {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn with_avx2<T>(work: impl FnOnce() -> T) -> T {
+            work()
+        }
+        if linear::has_avx2() {
+            // SAFETY: the processor has what the function is compiled for
+            #[allow(unsafe_code)]
+            return unsafe { with_avx2(work) };
+        }
+    }
+    work()
+}
+
 /// The logistic function.
 #[inline]
 #[must_use]

@@ -12,7 +12,7 @@ use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{Communicator, Solo};
 use crate::quant::Format;
-use crate::weights::{Fault, Weights};
+use crate::weights::{self, Fault, Weights};
 use candle_core::{Device, Tensor};
 use qwen3_5::Qwen3_5ForCausalLm;
 use qwen3_5::config::Config;
@@ -134,7 +134,7 @@ impl LoadOptions {
     }
 }
 
-/// Loads the model in `folder` (Hugging Face layout). `progress` is told the share of bytes read, 0 to 1.
+/// Loads the model in `folder` (Hugging Face layout), or in a single file that has everything. `progress` is told the share of bytes read, 0 to 1.
 ///
 /// # Errors
 /// One typed error that names file and tensor; see [`LoadError`].
@@ -178,14 +178,13 @@ pub fn load_rank(
     )?))
 }
 
-/// What `config.json` calls the architecture.
+/// What the checkpoint calls the architecture.
 fn model_type(folder: &Path) -> Result<String, LoadError> {
     #[derive(Deserialize)]
     struct Named {
         model_type: String,
     }
-    let file = folder.join("config.json");
-    let text = std::fs::read_to_string(&file).map_err(|source| LoadError::io(&file, source))?;
+    let (file, text) = weights::config(folder)?;
     let named: Named =
         serde_json::from_str(&text).map_err(|source| LoadError::Json { file, source })?;
     Ok(named.model_type)

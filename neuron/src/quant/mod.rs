@@ -1,18 +1,38 @@
 //! The number formats that weight matrices are held in, and which tensor is held in which.
 
+use crate::kernels::vectorised;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
+pub(crate) use k_quants::{Q4K, Q5K, Q6K};
 pub use protocol::node::WeightFormat as Format;
+
+pub(crate) mod k_quants;
 
 /// Bytes of `count` numbers in a row of `format`.
 #[must_use]
 pub fn bytes(format: Format, count: usize) -> usize {
+    let (numbers, bytes) = unit(format);
+    count / numbers * bytes
+}
+
+/// What a row of `format` is made of: numbers in one, and its bytes.
+#[must_use]
+pub fn unit(format: Format) -> (usize, usize) {
+    fn of<U: Unit>() -> (usize, usize) {
+        (U::LEN, U::BYTES)
+    }
     match format {
-        Format::F32 => 4 * count,
-        Format::F16 | Format::Bf16 => 2 * count,
-        Format::Q8_0 => count / Q8Block::LEN * size_of::<Q8Block>(),
+        Format::F32 => of::<f32>(),
+        Format::F16 => of::<f16>(),
+        Format::Bf16 => of::<bf16>(),
+        Format::Q8_0 => of::<Q8Block>(),
+        Format::Q6K => of::<Q6K>(),
+        Format::Q5K => of::<Q5K>(),
+        Format::Q4K => of::<Q4K>(),
     }
 }
 
@@ -25,34 +45,137 @@ pub fn bytes(format: Format, count: usize) -> usize {
 /// | `in_proj_a`, `in_proj_b` | stored | they steer what the recurrent state keeps, errors add up over time, and they are small |
 /// | `gate`, `shared_expert_gate` | stored | a changed choice of experts changes everything, and they are small |
 /// | `fc` (drafts) | stored | small |
-/// | rows that are no whole number of blocks | f16 | a block must not reach into the next row |
+/// | `in_proj_qkv`, below 8 bits asked for | `q8_0` | what it makes is written into the recurrent state, errors add up over time |
+/// | `embed_tokens`, `lm_head`, 4 or 5 bits asked for | `q6_k` | the head's errors are those of the logits; often it is the embedding too |
+/// | rows that are no whole number of blocks of 256 | `q8_0` | a block must not reach into the next row |
+/// | rows that are no whole number of blocks of 32 | `f16` | the same |
 /// | all others | wanted | |
 #[must_use]
 pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format>) -> Format {
     const AS_STORED: [&str; 5] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc"];
     let module = name.strip_suffix(".weight").unwrap_or(name);
     let module = module.rsplit('.').next().unwrap_or(module);
-    match wanted {
-        Some(_) if AS_STORED.contains(&module) => stored,
-        Some(Format::Q8_0) if !width.is_multiple_of(Q8Block::LEN) => Format::F16,
-        Some(wanted) => wanted,
-        None => stored,
+    let format = match (module, wanted) {
+        (_, None) => stored,
+        (module, _) if AS_STORED.contains(&module) => stored,
+        ("in_proj_qkv", Some(Format::Q6K | Format::Q5K | Format::Q4K)) => Format::Q8_0,
+        ("embed_tokens" | "lm_head", Some(Format::Q5K | Format::Q4K)) => Format::Q6K,
+        (_, Some(wanted)) => wanted,
+    };
+    let fits = |format| width.is_multiple_of(unit(format).0);
+    if fits(format) {
+        format
+    } else if fits(Format::Q8_0) {
+        Format::Q8_0
+    } else {
+        Format::F16
     }
 }
+
+/// What rows of a matrix are made of: a number, or a block of them.
+pub(crate) trait Unit: Copy + Send + Sync {
+    /// Numbers in one.
+    const LEN: usize;
+    /// Its bytes, in memory as in files.
+    const BYTES: usize;
+    /// One of zeros.
+    const EMPTY: Self;
+
+    /// The nearest one; `numbers` has [`Self::LEN`].
+    fn encode(numbers: &[f32]) -> Self;
+
+    /// Its numbers; `out` has [`Self::LEN`].
+    fn decode(&self, out: &mut [f32]);
+
+    /// As many as fit into `out`.
+    #[inline(always)]
+    fn encode_all(numbers: &[f32], out: &mut [Self]) {
+        for (numbers, out) in numbers.chunks_exact(Self::LEN).zip(out) {
+            *out = Self::encode(numbers);
+        }
+    }
+
+    /// The numbers of all.
+    #[inline(always)]
+    fn decode_all(units: &[Self], out: &mut [f32]) {
+        for (unit, out) in units.iter().zip(out.chunks_exact_mut(Self::LEN)) {
+            unit.decode(out);
+        }
+    }
+
+    /// Whether encoding stayed in range.
+    fn is_finite(&self) -> bool;
+
+    /// What a file has in [`Self::BYTES`] bytes.
+    fn read(bytes: &[u8]) -> Self;
+}
+
+macro_rules! single_number {
+    ($kind:ty, $empty:expr, $from:expr, $to:expr, $finite:expr $(, $all:item)*) => {
+        impl Unit for $kind {
+            const LEN: usize = 1;
+            const BYTES: usize = size_of::<Self>();
+            const EMPTY: Self = $empty;
+
+            #[inline(always)]
+            fn encode(numbers: &[f32]) -> Self {
+                $from(numbers[0])
+            }
+
+            #[inline(always)]
+            fn decode(&self, out: &mut [f32]) {
+                out[0] = $to(*self);
+            }
+
+            fn is_finite(&self) -> bool {
+                $finite(*self)
+            }
+
+            #[inline(always)]
+            fn read(bytes: &[u8]) -> Self {
+                Self::from_le_bytes(bytes.try_into().expect("a whole number"))
+            }
+
+            $($all)*
+        }
+    };
+}
+// what is not finite in the file is none of the format's doing, but a number that f16 cannot hold is
+single_number!(f32, 0.0, |x| x, |x| x, |_| true);
+single_number!(
+    f16,
+    f16::ZERO,
+    f16::from_f32,
+    f16::to_f32,
+    |x: f16| !x.is_infinite(),
+    // one by one, each would ask which processor this is
+    fn encode_all(numbers: &[f32], out: &mut [Self]) {
+        out.convert_from_f32_slice(numbers);
+    },
+    fn decode_all(units: &[Self], out: &mut [f32]) {
+        units.convert_to_f32_slice(out);
+    }
+);
+single_number!(bf16, bf16::ZERO, bf16::from_f32, bf16::to_f32, |_| true);
 
 /// 32 numbers: `scale · values[i]`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
 pub(crate) struct Q8Block {
     pub(crate) scale: f16,
-    pub(crate) values: [i8; Self::LEN],
+    pub(crate) values: [i8; 32],
 }
 
-impl Q8Block {
-    pub(crate) const LEN: usize = 32;
+impl Unit for Q8Block {
+    const LEN: usize = 32;
+    const BYTES: usize = 34;
+    const EMPTY: Self = Self {
+        scale: f16::ZERO,
+        values: [0; 32],
+    };
 
-    /// The nearest block; `numbers` has [`Self::LEN`].
-    pub(crate) fn encode(numbers: &[f32]) -> Self {
+    #[inline(always)]
+    fn encode(numbers: &[f32]) -> Self {
         let largest = numbers.iter().fold(0f32, |top, x| top.max(x.abs()));
         let scale = f16::from_f32(largest / 127.0);
         // by the scale that is kept, not the one before rounding: that halves the error of small blocks
@@ -62,16 +185,63 @@ impl Q8Block {
         };
         let mut values = [0; Self::LEN];
         for (value, x) in values.iter_mut().zip(numbers) {
-            *value = (x * inverse).round().clamp(-127.0, 127.0) as i8;
+            *value = k_quants::nearest((x * inverse).clamp(-127.0, 127.0)) as i8;
         }
         Self { scale, values }
     }
 
+    #[inline(always)]
     fn decode(&self, numbers: &mut [f32]) {
         let scale = self.scale.to_f32();
         for (x, value) in numbers.iter_mut().zip(&self.values) {
             *x = scale * f32::from(*value);
         }
+    }
+
+    fn is_finite(&self) -> bool {
+        self.scale.is_finite()
+    }
+
+    fn read(bytes: &[u8]) -> Self {
+        let (scale, values) = bytes.split_first_chunk().expect("a whole block");
+        let values: [u8; Self::LEN] = values.try_into().expect("a whole block");
+        Self {
+            scale: f16::from_le_bytes(*scale),
+            values: values.map(|byte| byte as i8),
+        }
+    }
+}
+
+/// The numbers that `bytes` of a file hold in `format`; `out` has room for all of them.
+pub(crate) fn decode(format: Format, bytes: &[u8], out: &mut [f32]) {
+    fn as_units<U: Unit>(bytes: &[u8], out: &mut [f32]) {
+        vectorised(
+            #[inline(always)]
+            || {
+                /// Numbers at a time.
+                const PIECE: usize = 256;
+                let mut units = [U::EMPTY; PIECE];
+                let units = &mut units[..PIECE / U::LEN];
+                for (bytes, out) in bytes
+                    .chunks(units.len() * U::BYTES)
+                    .zip(out.chunks_mut(PIECE))
+                {
+                    for (unit, bytes) in units.iter_mut().zip(bytes.chunks_exact(U::BYTES)) {
+                        *unit = U::read(bytes);
+                    }
+                    U::decode_all(&units[..out.len() / U::LEN], out);
+                }
+            },
+        );
+    }
+    match format {
+        Format::F32 => as_units::<f32>(bytes, out),
+        Format::F16 => as_units::<f16>(bytes, out),
+        Format::Bf16 => as_units::<bf16>(bytes, out),
+        Format::Q8_0 => as_units::<Q8Block>(bytes, out),
+        Format::Q6K => as_units::<Q6K>(bytes, out),
+        Format::Q5K => as_units::<Q5K>(bytes, out),
+        Format::Q4K => as_units::<Q4K>(bytes, out),
     }
 }
 
@@ -82,7 +252,26 @@ pub(crate) enum Numbers {
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
     Q8_0(Vec<Q8Block>),
+    Q6K(Vec<Q6K>),
+    Q5K(Vec<Q5K>),
+    Q4K(Vec<Q4K>),
 }
+
+/// Does the same with the numbers of any format.
+macro_rules! each_format {
+    ($numbers:expr, $all:ident => $body:expr) => {
+        match $numbers {
+            Numbers::F32($all) => $body,
+            Numbers::F16($all) => $body,
+            Numbers::Bf16($all) => $body,
+            Numbers::Q8_0($all) => $body,
+            Numbers::Q6K($all) => $body,
+            Numbers::Q5K($all) => $body,
+            Numbers::Q4K($all) => $body,
+        }
+    };
+}
+pub(crate) use each_format;
 
 /// A weight matrix, `[rows, width]`, in some number format. Copies share the numbers.
 #[derive(Debug, Clone)]
@@ -92,9 +281,33 @@ pub struct Matrix {
     numbers: Arc<Numbers>,
 }
 
+/// Where the rows of a matrix come from while it is made.
+pub trait Rows: Sync {
+    /// Row `row`, in f32; `out` has room for it. Called once for each row, from several threads.
+    fn numbers(&self, row: usize, out: &mut [f32]);
+
+    /// Row `row`, as bytes of the format the matrix is to have, where it can be had so; `out` has room for it.
+    fn bytes(&self, row: usize, out: &mut [u8]) -> bool {
+        let _ = (row, out);
+        false
+    }
+}
+
+impl<F: Fn(usize, &mut [f32]) + Sync> Rows for F {
+    fn numbers(&self, row: usize, out: &mut [f32]) {
+        self(row, out);
+    }
+}
+
+/// Room for a row on its way.
+struct Scratch {
+    bytes: Vec<u8>,
+    numbers: Vec<f32>,
+}
+
 impl Matrix {
-    /// A matrix whose rows `fill` gives: called once for each row, from several threads, with room for the row.
-    /// `None` when a number does not fit the format.
+    /// A matrix made of `rows` rows of `source`. `None` when a number does not fit the format. `taken` is told, in order,
+    /// which rows are done and will not be asked for again.
     ///
     /// # Panics
     /// When a row is no whole number of the format's blocks.
@@ -102,79 +315,53 @@ impl Matrix {
         format: Format,
         rows: usize,
         width: usize,
-        fill: impl Fn(usize, &mut [f32]) + Sync,
+        source: &(impl Rows + ?Sized),
+        taken: impl Fn(Range<usize>),
     ) -> Option<Self> {
-        /// Rows for a thread at a time, so that small rows do not cost a task each.
-        const LEAST: usize = 16;
-        fn encoded<T: Copy + Send>(
-            empty: T,
-            (rows, units, width): (usize, usize, usize),
-            fill: impl Fn(usize, &mut [f32]) + Sync,
-            encode: impl Fn(&[f32], &mut [T]) + Sync,
-        ) -> Vec<T> {
-            let mut all = vec![empty; rows * units];
-            all.par_chunks_mut(units.max(1))
-                .with_min_len(LEAST)
-                .enumerate()
-                .for_each_init(
-                    || vec![0.0; width],
-                    |row, (index, out)| {
-                        fill(index, row);
-                        encode(row, out);
-                    },
-                );
-            all
-        }
-        let numbers = match format {
-            Format::F32 => {
-                let mut all = vec![0.0; rows * width];
-                all.par_chunks_mut(width.max(1))
+        fn units<U: Unit>(
+            rows: usize,
+            width: usize,
+            source: &(impl Rows + ?Sized),
+            taken: impl Fn(Range<usize>),
+        ) -> Option<Vec<U>> {
+            /// Rows for a thread at a time, so that small rows do not cost a task each.
+            const LEAST: usize = 16;
+            /// Numbers after which `taken` is told: what was lent until then can be given back.
+            const PIECE: usize = 1 << 23;
+            assert!(
+                width.is_multiple_of(U::LEN),
+                "`format_of` leaves rows of {width} numbers to other formats"
+            );
+            let count = width / U::LEN;
+            let mut all = vec![U::EMPTY; rows * count];
+            let piece = (PIECE / width.max(1)).max(1);
+            let mut fits = true;
+            for (index, part) in all.chunks_mut((piece * count).max(1)).enumerate() {
+                let first = index * piece;
+                let scratch = || Scratch {
+                    bytes: vec![0; count * U::BYTES],
+                    numbers: vec![0.0; width],
+                };
+                fits &= part
+                    .par_chunks_mut(count.max(1))
                     .with_min_len(LEAST)
                     .enumerate()
-                    .for_each(|(index, row)| fill(index, row));
-                Numbers::F32(all)
+                    .map_init(scratch, |scratch, (row, out)| {
+                        take_row(source, first + row, scratch, out)
+                    })
+                    .reduce(|| true, |one, other| one && other);
+                taken(first..first + part.len() / count.max(1));
             }
-            Format::F16 => {
-                let narrow = |row: &[f32], out: &mut [f16]| {
-                    out.iter_mut()
-                        .zip(row)
-                        .for_each(|(out, x)| *out = f16::from_f32(*x));
-                };
-                let all = encoded(f16::ZERO, (rows, width, width), fill, narrow);
-                if all.par_iter().any(|x| x.is_infinite()) {
-                    return None;
-                }
-                Numbers::F16(all)
-            }
-            Format::Bf16 => {
-                let narrow = |row: &[f32], out: &mut [bf16]| {
-                    out.iter_mut()
-                        .zip(row)
-                        .for_each(|(out, x)| *out = bf16::from_f32(*x));
-                };
-                Numbers::Bf16(encoded(bf16::ZERO, (rows, width, width), fill, narrow))
-            }
-            Format::Q8_0 => {
-                assert!(
-                    width.is_multiple_of(Q8Block::LEN),
-                    "`format_of` leaves rows of {width} numbers to other formats"
-                );
-                let empty = Q8Block {
-                    scale: f16::ZERO,
-                    values: [0; Q8Block::LEN],
-                };
-                let blocks = |row: &[f32], out: &mut [Q8Block]| {
-                    out.iter_mut()
-                        .zip(row.chunks_exact(Q8Block::LEN))
-                        .for_each(|(out, numbers)| *out = Q8Block::encode(numbers));
-                };
-                let shape = (rows, width / Q8Block::LEN, width);
-                let all = encoded(empty, shape, fill, blocks);
-                if all.par_iter().any(|block| block.scale.is_infinite()) {
-                    return None;
-                }
-                Numbers::Q8_0(all)
-            }
+            fits.then_some(all)
+        }
+        let numbers = match format {
+            Format::F32 => Numbers::F32(units(rows, width, source, taken)?),
+            Format::F16 => Numbers::F16(units(rows, width, source, taken)?),
+            Format::Bf16 => Numbers::Bf16(units(rows, width, source, taken)?),
+            Format::Q8_0 => Numbers::Q8_0(units(rows, width, source, taken)?),
+            Format::Q6K => Numbers::Q6K(units(rows, width, source, taken)?),
+            Format::Q5K => Numbers::Q5K(units(rows, width, source, taken)?),
+            Format::Q4K => Numbers::Q4K(units(rows, width, source, taken)?),
         };
         Some(Self {
             rows,
@@ -203,6 +390,9 @@ impl Matrix {
             Numbers::F16(_) => Format::F16,
             Numbers::Bf16(_) => Format::Bf16,
             Numbers::Q8_0(_) => Format::Q8_0,
+            Numbers::Q6K(_) => Format::Q6K,
+            Numbers::Q5K(_) => Format::Q5K,
+            Numbers::Q4K(_) => Format::Q4K,
         }
     }
 
@@ -218,27 +408,38 @@ impl Matrix {
 
     /// Row `index` in f32; `out` has [`Self::width`].
     pub fn decode_row(&self, index: usize, out: &mut [f32]) {
-        let range = index * self.width..(index + 1) * self.width;
-        match &*self.numbers {
-            Numbers::F32(all) => out.copy_from_slice(&all[range]),
-            Numbers::F16(all) => {
-                out.iter_mut()
-                    .zip(&all[range])
-                    .for_each(|(out, x)| *out = x.to_f32());
-            }
-            Numbers::Bf16(all) => {
-                out.iter_mut()
-                    .zip(&all[range])
-                    .for_each(|(out, x)| *out = x.to_f32());
-            }
-            Numbers::Q8_0(all) => {
-                let blocks = range.start / Q8Block::LEN..range.end / Q8Block::LEN;
-                for (block, out) in all[blocks].iter().zip(out.chunks_exact_mut(Q8Block::LEN)) {
-                    block.decode(out);
-                }
-            }
+        fn units<U: Unit>(all: &[U], range: Range<usize>, out: &mut [f32]) {
+            let units = &all[range.start / U::LEN..range.end / U::LEN];
+            vectorised(
+                #[inline(always)]
+                || U::decode_all(units, out),
+            );
         }
+        let range = index * self.width..(index + 1) * self.width;
+        each_format!(&*self.numbers, all => units(all, range, out));
     }
+}
+
+/// Row `row` of `source` in units. False when a number does not fit.
+fn take_row<U: Unit>(
+    source: &(impl Rows + ?Sized),
+    row: usize,
+    scratch: &mut Scratch,
+    out: &mut [U],
+) -> bool {
+    if source.bytes(row, &mut scratch.bytes) {
+        for (bytes, out) in scratch.bytes.chunks_exact(U::BYTES).zip(out) {
+            *out = U::read(bytes);
+        }
+        return true; // as the file has it
+    }
+    source.numbers(row, &mut scratch.numbers);
+    let numbers = &scratch.numbers;
+    vectorised(
+        #[inline(always)]
+        || U::encode_all(numbers, out),
+    );
+    out.iter().all(U::is_finite)
 }
 
 #[cfg(test)]
@@ -247,20 +448,29 @@ mod tests {
     use crate::kernels::testing::numbers;
 
     fn held(format: Format, rows: usize, width: usize, values: &[f32]) -> Option<Matrix> {
-        Matrix::from_rows(format, rows, width, |row, out| {
-            out.copy_from_slice(&values[row * width..][..width]);
-        })
+        Matrix::from_rows(
+            format,
+            rows,
+            width,
+            &|row, out: &mut [f32]| {
+                out.copy_from_slice(&values[row * width..][..width]);
+            },
+            |_| {},
+        )
     }
 
     #[test]
     fn every_format_keeps_numbers_as_well_as_it_can() {
-        let (rows, width) = (35, 96);
+        let (rows, width) = (35, 512);
         let values = numbers(1, rows * width);
         for (format, bound) in [
             (Format::F32, 0.0),
             (Format::F16, 1.0 / 2048.0),
             (Format::Bf16, 1.0 / 256.0),
             (Format::Q8_0, 1.1 * 0.5 / 127.0),
+            (Format::Q6K, 2.0 * 0.5 / 32.0),
+            (Format::Q5K, 2.0 * 0.5 / 16.0),
+            (Format::Q4K, 2.0 * 0.5 / 8.0),
         ] {
             let matrix = held(format, rows, width, &values).expect("they fit");
             assert_eq!(matrix.format(), format);
@@ -280,6 +490,9 @@ mod tests {
     fn what_a_format_has_no_number_for_is_refused() {
         assert!(held(Format::F16, 1, 32, &[1e5; 32]).is_none());
         assert!(held(Format::Q8_0, 1, 32, &[1e7; 32]).is_none());
+        for format in [Format::Q6K, Format::Q5K, Format::Q4K] {
+            assert!(held(format, 1, 256, &[-1e9; 256]).is_none(), "{format}");
+        }
         assert!(held(Format::Bf16, 1, 32, &[1e30; 32]).is_some());
     }
 
@@ -304,7 +517,19 @@ mod tests {
         assert_eq!(of("model.layers.0.mlp.gate_proj.weight", 64), Format::Q8_0);
         assert_eq!(of("model.layers.0.mlp.down_proj.weight", 80), Format::F16);
         assert_eq!(format_of("x", 80, Format::Bf16, None), Format::Bf16);
-        assert_eq!("q8_0".parse(), Ok(Format::Q8_0));
+        let of = |name, width| format_of(name, width, Format::Bf16, Some(Format::Q4K));
+        assert_eq!(of("model.layers.0.mlp.down_proj.weight", 512), Format::Q4K);
+        assert_eq!(of("model.layers.0.mlp.down_proj.weight", 320), Format::Q8_0);
+        assert_eq!(of("model.layers.0.mlp.down_proj.weight", 80), Format::F16);
+        assert_eq!(
+            of("model.layers.0.linear_attn.in_proj_qkv.weight", 512),
+            Format::Q8_0
+        );
+        assert_eq!(of("model.embed_tokens.weight", 512), Format::Q6K);
+        assert_eq!(of("lm_head.weight", 512), Format::Q6K);
+        for format in Format::ALL {
+            assert_eq!(format.as_str().parse(), Ok(format));
+        }
         assert!("q2".parse::<Format>().is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! The small files of a model folder: what is needed beside the weights to serve it.
 
+use super::single_file;
 use crate::text::grammar::Grammars;
 use crate::text::template::{ChatTemplate, TemplateError};
 use crate::text::tokenizer::{Tokenizer, TokenizerError};
@@ -45,7 +46,9 @@ pub struct SamplingDefaults {
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
     /// There is no such folder.
-    #[error("{0} is no folder; name a folder in Hugging Face layout or a hub id (owner/name)")]
+    #[error(
+        "{0} is no folder; name a folder in Hugging Face layout, a GGUF file or a hub id (owner/name)"
+    )]
     NoFolder(PathBuf),
     /// A file is not there.
     #[error("{folder} has no {file}; {remedy}")]
@@ -81,6 +84,19 @@ pub enum FolderError {
         "{0}: neither generation_config.json nor config.json has an eos_token_id; without one no answer would end"
     )]
     NoEos(PathBuf),
+    /// A GGUF file cannot be read.
+    #[error(transparent)]
+    File(#[from] crate::model::LoadError),
+    /// A GGUF file lacks something.
+    #[error("{path}: `{key}` {what}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Which of its values.
+        key: &'static str,
+        /// What is wrong with it.
+        what: String,
+    },
 }
 
 /// `generation_config.json`, as far as it is used.
@@ -119,11 +135,14 @@ impl Ids {
 }
 
 impl ModelText {
-    /// Reads the small files of `folder`.
+    /// Reads the small files of `folder`, or what a GGUF file has in their place.
     ///
     /// # Errors
     /// The first file that is missing or cannot be used.
     pub fn load(folder: &Path) -> Result<Self, FolderError> {
+        if folder.is_file() {
+            return single_file::text(folder);
+        }
         let config = read_config(folder)?;
         let tokenizer_file = folder.join("tokenizer.json");
         if !tokenizer_file.is_file() {
@@ -135,8 +154,6 @@ impl ModelText {
         }
         let tokenizer = Arc::new(Tokenizer::load(&tokenizer_file)?);
         let source = read_template(folder)?;
-        let tool_form = ToolForm::of_template(&source.text);
-        let template = source.compile(folder)?;
         let generation: GenerationConfig =
             read_json(&folder.join("generation_config.json"))?.unwrap_or_default();
         // Greedy is temperature zero here; transformers spells it `do_sample: false`.
@@ -151,19 +168,31 @@ impl ModelText {
         if eos.is_empty() {
             return Err(FolderError::NoEos(folder.into()));
         }
+        let sampling = SamplingDefaults {
+            temperature,
+            top_p: generation.top_p.unwrap_or(1.0),
+            top_k: generation.top_k.unwrap_or(0),
+            min_p: generation.min_p.unwrap_or(0.0),
+            repetition_penalty: generation.repetition_penalty.unwrap_or(1.0),
+        };
+        Self::new(folder, tokenizer, source, eos, sampling)
+    }
+
+    /// The parts put together; `place` is where they are from.
+    pub(super) fn new(
+        place: &Path,
+        tokenizer: Arc<Tokenizer>,
+        template: TemplateSource,
+        eos: Vec<u32>,
+        sampling: SamplingDefaults,
+    ) -> Result<Self, FolderError> {
         Ok(Self {
             grammars: Grammars::new(tokenizer.clone(), eos.clone()),
             tokenizer,
-            template,
-            tool_form,
+            tool_form: ToolForm::of_template(&template.text),
+            template: template.compile(place)?,
             eos,
-            sampling: SamplingDefaults {
-                temperature,
-                top_p: generation.top_p.unwrap_or(1.0),
-                top_k: generation.top_k.unwrap_or(0),
-                min_p: generation.min_p.unwrap_or(0.0),
-                repetition_penalty: generation.repetition_penalty.unwrap_or(1.0),
-            },
+            sampling,
         })
     }
 }
@@ -193,10 +222,10 @@ fn eos_of_config(config: &Value) -> Vec<u32> {
 }
 
 /// A chat template as written, with the tokens it may name.
-struct TemplateSource {
-    text: String,
-    bos_token: Option<String>,
-    eos_token: Option<String>,
+pub(super) struct TemplateSource {
+    pub(super) text: String,
+    pub(super) bos_token: Option<String>,
+    pub(super) eos_token: Option<String>,
 }
 
 impl TemplateSource {

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 /// A hub model that could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// Neither a folder nor the form of a hub id.
-    #[error("`{0}` is neither a folder here nor a hub id (owner/name)")]
+    /// Neither a folder nor a file nor the form of a hub id.
+    #[error("`{0}` is neither a folder or a .gguf file here nor a hub id (owner/name)")]
     NoSource(String),
     /// The cache is all there is, and it is not there.
     #[error(
@@ -35,13 +35,14 @@ pub enum HubError {
     },
 }
 
-/// The folder that `source` names: itself, or where the hub model is cached, fetched first if need be.
+/// The folder or GGUF file that `source` names: itself, or where the hub model is cached, fetched first if need be.
 ///
 /// # Errors
 /// When there is none and none can be had.
 pub fn resolve(source: &str, hub: &HubConfig) -> Result<PathBuf, HubError> {
     let folder = Path::new(source);
-    if folder.is_dir() {
+    let single = folder.extension().is_some_and(|kind| kind == "gguf");
+    if folder.is_dir() || (single && folder.is_file()) {
         return Ok(folder.into());
     }
     let mut parts = source.split('/');

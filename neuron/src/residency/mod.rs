@@ -3,6 +3,7 @@
 pub mod folder;
 pub mod hub;
 pub mod preflight;
+mod single_file;
 mod state;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -2,6 +2,7 @@
 
 use super::folder::{FolderError, read_config, read_json};
 use crate::quant::{self, Format};
+use crate::weights::gguf_files;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +13,7 @@ pub enum PreflightError {
     #[error(transparent)]
     Folder(#[from] FolderError),
     /// There are no weights.
-    #[error("{folder} has no {file}; fetch the weights as safetensors")]
+    #[error("{folder} has no {file}; fetch the weights as safetensors, or name a GGUF file")]
     NoWeights {
         /// The folder.
         folder: PathBuf,
@@ -73,19 +74,10 @@ pub fn check(
     quant: Option<Format>,
     free: Option<u64>,
 ) -> Result<(), PreflightError> {
-    let config = read_config(folder)?;
-    let mut bytes = 0;
-    for file in weight_files(folder)? {
-        let size =
-            std::fs::metadata(folder.join(&file)).map_err(|_| PreflightError::NoWeights {
-                folder: folder.into(),
-                file,
-            })?;
-        bytes += size.len();
-    }
-    let need = match quant {
-        Some(format) => (bytes as f64 * size(format) / size(stored(&config))) as u64,
-        None => bytes,
+    let need = if folder.is_file() {
+        need_of_file(folder, quant)?
+    } else {
+        need_of_folder(folder, quant)?
     };
     match free {
         Some(free) if need > free => Err(PreflightError::NoRoom {
@@ -95,6 +87,43 @@ pub fn check(
         }),
         _ => Ok(()),
     }
+}
+
+fn need_of_folder(folder: &Path, quant: Option<Format>) -> Result<u64, PreflightError> {
+    let config = read_config(folder)?;
+    let mut bytes = 0;
+    for file in weight_files(folder)? {
+        bytes += length(folder, &folder.join(file))?;
+    }
+    Ok(match quant {
+        Some(format) => (bytes as f64 * size(format) / size(stored(&config))) as u64,
+        None => bytes,
+    })
+}
+
+/// A GGUF file may go on in others.
+fn need_of_file(path: &Path, quant: Option<Format>) -> Result<u64, PreflightError> {
+    let (files, numbers) = gguf_files(path).map_err(FolderError::from)?;
+    let mut bytes = 0;
+    for file in files {
+        bytes += length(path, &file)?;
+    }
+    Ok(match quant {
+        Some(format) => (numbers as f64 * size(format)) as u64,
+        None => bytes,
+    })
+}
+
+fn length(folder: &Path, file: &Path) -> Result<u64, PreflightError> {
+    let found = std::fs::metadata(file).map_err(|_| PreflightError::NoWeights {
+        folder: folder.into(),
+        file: file
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into(),
+    })?;
+    Ok(found.len())
 }
 
 /// Checks that one sequence of `context` tokens fits into `free` bytes.

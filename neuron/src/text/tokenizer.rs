@@ -47,11 +47,24 @@ impl Tokenizer {
     /// # Errors
     /// When it is not a byte-level tokenizer.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
-        let inner =
-            tokenizers::Tokenizer::from_file(path).map_err(|error| TokenizerError::Unreadable {
+        let bytes = std::fs::read(path).map_err(|error| TokenizerError::Unreadable {
+            path: path.into(),
+            reason: error.to_string(),
+        })?;
+        Self::from_json(&bytes, path)
+    }
+
+    /// What a `tokenizer.json` holds, taken from `path`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self, TokenizerError> {
+        let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
+            TokenizerError::Unreadable {
                 path: path.into(),
                 reason: error.to_string(),
-            })?;
+            }
+        })?;
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
             return Err(TokenizerError::NotByteLevel { path: path.into() });
         }

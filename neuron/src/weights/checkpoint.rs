@@ -1,11 +1,11 @@
-//! Safetensors files, mapped into memory and read a tensor at a time.
+//! Files of weights, safetensors or GGUF, mapped into memory and read a tensor at a time.
 
-use super::Fault;
+use super::gguf::Gguf;
 use super::names::{GroupedHeads, canonical};
+use super::{Fault, FormatError, gguf_names};
 use crate::model::LoadError;
-use crate::quant::Format;
-use half::{bf16, f16};
-use memmap2::Mmap;
+use crate::quant::{self, Format};
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
 use std::collections::{BTreeSet, HashMap};
@@ -18,35 +18,69 @@ const SINGLE: &str = "model.safetensors";
 /// The index of a checkpoint of several.
 const INDEX: &str = "model.safetensors.index.json";
 
+/// How the numbers of a tensor are stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// In a format that is read.
+    Format(Format),
+    /// In another: its name.
+    Other(String),
+}
+
+impl From<Dtype> for Stored {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::Format(Format::F32),
+            Dtype::F16 => Self::Format(Format::F16),
+            Dtype::BF16 => Self::Format(Format::Bf16),
+            other => Self::Other(format!("{other:?}")),
+        }
+    }
+}
+
+/// What becomes of each number when it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    None,
+    /// x − 1
+    LessOne,
+    /// ln(−x)
+    LogOfNegative,
+}
+
 /// Where a tensor lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) file: usize,
-    pub(super) dtype: Dtype,
+    pub(super) stored: Stored,
     pub(super) shape: Vec<usize>,
     /// Its bytes in the file, in order: one range, or several where the file has its rows in another order.
     pub(super) bytes: Vec<Range<usize>>,
+    /// Where its columns lie in a row of the file, in order; nothing where they are in order.
+    pub(super) columns: Vec<Range<usize>>,
+    pub(super) change: Change,
 }
 
 impl Entry {
-    /// Numbers in it.
-    fn count(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Bytes of one number.
-    fn size(&self) -> usize {
-        self.byte_count() / self.count().max(1)
+    /// Numbers and bytes of what rows are made of. Of numbers that are not read it is no matter.
+    fn unit(&self) -> (usize, usize) {
+        match &self.stored {
+            Stored::Format(format) => quant::unit(*format),
+            Stored::Other(_) => {
+                let count: usize = self.shape.iter().product();
+                (1, self.byte_count() / count.max(1))
+            }
+        }
     }
 
     fn byte_count(&self) -> usize {
         self.bytes.iter().map(Range::len).sum()
     }
 
-    /// The bytes of the numbers in `run`, in order.
+    /// The bytes of the numbers in `run`, which are whole blocks, in order.
     fn locate(&self, run: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-        let size = self.size();
-        let (start, end) = (run.start * size, run.end * size);
+        let (numbers, size) = self.unit();
+        let (start, end) = (run.start / numbers * size, run.end / numbers * size);
         let mut before = 0;
         self.bytes.iter().filter_map(move |piece| {
             let own = before..before + piece.len();
@@ -66,10 +100,9 @@ impl Entry {
             .flat_map(|range| self.locate(range.start * width..range.end * width))
             .collect();
         Self {
-            file: self.file,
-            dtype: self.dtype,
             shape,
             bytes,
+            ..self.clone()
         }
     }
 
@@ -84,7 +117,8 @@ impl Entry {
 
 /// The files of a checkpoint and what is in them.
 pub(super) struct Checkpoint {
-    folder: PathBuf,
+    /// The folder, or the only file.
+    place: PathBuf,
     files: Vec<(String, Mmap)>,
     entries: HashMap<String, Entry>,
 }
@@ -95,13 +129,24 @@ struct Index {
 }
 
 impl Checkpoint {
-    /// Opens the files in `folder` and gives each tensor the name and the shape a model asks for, see [`canonical`].
-    pub(super) fn open(folder: &Path, heads: GroupedHeads) -> Result<Self, LoadError> {
+    /// Opens the files of `place`, a folder or a GGUF file, and gives each tensor the name and the shape a model asks for,
+    /// see [`canonical`].
+    pub(super) fn open(place: &Path, heads: GroupedHeads) -> Result<Self, LoadError> {
         let mut checkpoint = Self {
-            folder: folder.to_path_buf(),
+            place: place.to_path_buf(),
             files: Vec::new(),
             entries: HashMap::new(),
         };
+        if place.is_dir() {
+            checkpoint.add_folder(place)?;
+        } else {
+            checkpoint.add_gguf(place, heads)?;
+        }
+        checkpoint.entries = canonical(checkpoint.entries, heads);
+        Ok(checkpoint)
+    }
+
+    fn add_folder(&mut self, folder: &Path) -> Result<(), LoadError> {
         let index = folder.join(INDEX);
         let names: BTreeSet<String> = if index.is_file() {
             let text =
@@ -115,29 +160,41 @@ impl Checkpoint {
             BTreeSet::from([SINGLE.to_owned()])
         };
         for name in names {
-            checkpoint.add(name)?;
+            self.add_safetensors(folder, name)?;
         }
-        checkpoint.entries = canonical(checkpoint.entries, heads);
-        Ok(checkpoint)
+        Ok(())
     }
 
-    fn add(&mut self, name: String) -> Result<(), LoadError> {
-        let path = self.folder.join(&name);
-        let file = File::open(&path).map_err(|source| LoadError::io(&path, source))?;
-        // SAFETY: the mapping is read-only. Whoever changes a model file under a running daemon changes what the
-        // model says; the bytes are only ever read as numbers, so no other harm is done.
-        #[allow(unsafe_code)]
-        let mapped = unsafe { Mmap::map(&file) }.map_err(|source| LoadError::io(&path, source))?;
-        let (header, metadata) = SafeTensors::read_metadata(&mapped)
-            .map_err(|source| LoadError::Weights { file: path, source })?;
+    fn add_gguf(&mut self, place: &Path, heads: GroupedHeads) -> Result<(), LoadError> {
+        let first = open_gguf(place)?;
+        for path in shards(place, &first) {
+            let file = open_gguf(&path)?;
+            // names and orders are told by the first of several
+            let entries = gguf_names::entries(&file, &first, self.files.len(), heads);
+            self.entries.extend(entries);
+            self.files.push((file_name(&path), file.into_mapped()));
+        }
+        Ok(())
+    }
+
+    fn add_safetensors(&mut self, folder: &Path, name: String) -> Result<(), LoadError> {
+        let path = folder.join(&name);
+        let mapped = map(&path)?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(&mapped).map_err(|source| LoadError::Weights {
+                file: path,
+                source: FormatError::Safetensors(source),
+            })?;
         let start = header + 8; // the length of the header stands before it
         for (tensor, info) in metadata.tensors() {
             let entry = Entry {
                 file: self.files.len(),
-                dtype: info.dtype,
+                stored: info.dtype.into(),
                 shape: info.shape.clone(),
                 bytes: std::iter::once(start + info.data_offsets.0..start + info.data_offsets.1)
                     .collect(),
+                columns: Vec::new(),
+                change: Change::None,
             };
             self.entries.insert(tensor, entry);
         }
@@ -145,8 +202,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
+    pub(super) fn place(&self) -> &Path {
+        &self.place
     }
 
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
@@ -182,15 +239,13 @@ impl Checkpoint {
                 needed: shape.to_vec(),
             });
         }
-        let format = match entry.dtype {
-            Dtype::F32 => Format::F32,
-            Dtype::F16 => Format::F16,
-            Dtype::BF16 => Format::Bf16,
-            other => {
+        let format = match &entry.stored {
+            Stored::Format(format) => *format,
+            Stored::Other(other) => {
                 return Err(Fault::Format {
                     file: file.clone(),
                     name: name.into(),
-                    found: format!("{other:?}"),
+                    found: other.clone(),
                 });
             }
         };
@@ -202,39 +257,150 @@ impl Checkpoint {
     }
 }
 
+/// The mapped file at `path`.
+fn map(path: &Path) -> Result<Mmap, LoadError> {
+    let file = File::open(path).map_err(|source| LoadError::io(path, source))?;
+    // SAFETY: the mapping is read-only. Whoever changes a model file under a running daemon changes what the
+    // model says; the bytes are only ever read as numbers, so no other harm is done.
+    #[allow(unsafe_code)]
+    let mapped = unsafe { Mmap::map(&file) };
+    mapped.map_err(|source| LoadError::io(path, source))
+}
+
+/// The GGUF file at `path`.
+///
+/// # Errors
+/// When it cannot be read, or is none.
+pub fn open_gguf(path: &Path) -> Result<Gguf, LoadError> {
+    Gguf::new(map(path)?).map_err(|source| LoadError::Weights {
+        file: path.to_path_buf(),
+        source: FormatError::Gguf(source),
+    })
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// All files of a model whose first is `first` at `path`: `NAME-00001-of-00003.gguf` and so on.
+pub(super) fn shards(path: &Path, first: &Gguf) -> Vec<PathBuf> {
+    let count = first.whole("split.count").unwrap_or(1);
+    let name = file_name(path);
+    let stem = name.strip_suffix(&format!("-00001-of-{count:05}.gguf"));
+    match stem {
+        Some(stem) if count > 1 => (1..=count)
+            .map(|shard| path.with_file_name(format!("{stem}-{shard:05}-of-{count:05}.gguf")))
+            .collect(),
+        _ => vec![path.to_path_buf()],
+    }
+}
+
 /// A tensor in a file.
 pub(super) struct Source<'a> {
     /// How the file has its numbers.
-    pub(super) format: Format,
+    format: Format,
     entry: &'a Entry,
-    mapped: &'a [u8],
+    mapped: &'a Mmap,
 }
 
 impl Source<'_> {
-    /// Bytes in the file of `count` of its numbers.
-    pub(super) fn bytes(&self, count: usize) -> u64 {
-        (count * self.entry.size()) as u64
-    }
-
-    /// The numbers of `run`, counted through the whole tensor, as f32; `out` is as long.
-    pub(super) fn decode(&self, run: Range<usize>, mut out: &mut [f32]) {
-        let size = self.entry.size();
-        for bytes in self.entry.locate(run) {
-            let (own, rest) = out.split_at_mut(bytes.len() / size);
-            let bytes = &self.mapped[bytes];
-            match self.format {
-                Format::F32 => convert(bytes, own, f32::from_le_bytes),
-                Format::F16 => convert(bytes, own, |b| f16::from_le_bytes(b).to_f32()),
-                Format::Bf16 => convert(bytes, own, |b| bf16::from_le_bytes(b).to_f32()),
-                Format::Q8_0 => unreachable!("safetensors files hold no blocks"),
-            }
-            out = rest;
+    /// The format to hold it in when nothing else is asked for. Blocks of 256 cannot be moved where the columns of a head
+    /// are put elsewhere: their numbers go into smaller ones, which round them by far less than the blocks did.
+    pub(super) fn format(&self) -> Format {
+        let (numbers, _) = self.entry.unit();
+        let moved = !self.entry.columns.is_empty();
+        if moved && numbers > quant::unit(Format::Q8_0).0 {
+            Format::Q8_0
+        } else {
+            self.format
         }
     }
-}
 
-fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
-    for (number, bytes) in out.iter_mut().zip(bytes.chunks_exact(N)) {
-        *number = convert(bytes.try_into().expect("chunks of N bytes"));
+    /// How the file has it.
+    pub(super) fn stored_format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes in the file of `count` of its numbers.
+    pub(super) fn stored(&self, count: usize) -> u64 {
+        let (numbers, bytes) = self.entry.unit();
+        (count / numbers * bytes) as u64
+    }
+
+    /// Lets the kernel take back the memory in which the file's bytes of `run` lie: what was read stays in the page cache,
+    /// but is no longer this process's, so that a checkpoint is not there twice while it is converted.
+    pub(super) fn give_back(&self, run: Range<usize>) {
+        let (numbers, _) = self.entry.unit();
+        let whole = run.start / numbers * numbers..run.end.next_multiple_of(numbers);
+        for bytes in self.entry.locate(whole) {
+            // SAFETY: the mapping is of a file and read-only, so its pages come back with the same bytes when asked for
+            #[allow(unsafe_code)]
+            let told = unsafe {
+                self.mapped.unchecked_advise_range(
+                    UncheckedAdvice::DontNeed,
+                    bytes.start,
+                    bytes.len(),
+                )
+            };
+            if let Err(error) = told {
+                tracing::debug!(%error, "the kernel keeps pages of a checkpoint");
+            }
+        }
+    }
+
+    /// The bytes of `run`, counted in numbers through the whole tensor, if they can be taken as they are; `out` is as long.
+    pub(super) fn bytes(&self, run: Range<usize>, mut out: &mut [u8]) -> bool {
+        let (numbers, _) = self.entry.unit();
+        let whole = run.start.is_multiple_of(numbers) && run.end.is_multiple_of(numbers);
+        if !whole || !self.entry.columns.is_empty() || self.entry.change != Change::None {
+            return false;
+        }
+        for bytes in self.entry.locate(run) {
+            let (own, rest) = out.split_at_mut(bytes.len());
+            own.copy_from_slice(&self.mapped[bytes]);
+            out = rest;
+        }
+        true
+    }
+
+    /// The numbers of `run`, counted through the whole tensor and within a row, as f32; `out` is as long.
+    pub(super) fn decode(&self, run: Range<usize>, out: &mut [f32]) {
+        if self.entry.columns.is_empty() {
+            self.decode_stored(run, out);
+        } else {
+            let width = self.entry.shape.last().copied().unwrap_or(1);
+            let row = run.start / width * width;
+            let mut stored = vec![0.0; width];
+            self.decode_stored(row..row + width, &mut stored);
+            let columns = self.entry.columns.iter().cloned().flatten();
+            let wanted = columns.skip(run.start - row);
+            for (out, column) in out.iter_mut().zip(wanted) {
+                *out = stored[column];
+            }
+        }
+        match self.entry.change {
+            Change::None => {}
+            Change::LessOne => out.iter_mut().for_each(|x| *x -= 1.0),
+            Change::LogOfNegative => out.iter_mut().for_each(|x| *x = (-*x).ln()),
+        }
+    }
+
+    /// As [`Self::decode`], with columns and numbers as the file has them.
+    fn decode_stored(&self, run: Range<usize>, mut out: &mut [f32]) {
+        let (numbers, size) = self.entry.unit();
+        let whole = run.start / numbers * numbers..run.end.next_multiple_of(numbers);
+        if whole != run {
+            // part of a block
+            let mut blocks = vec![0.0; whole.len()];
+            self.decode_stored(whole.clone(), &mut blocks);
+            out.copy_from_slice(&blocks[run.start - whole.start..][..run.len()]);
+            return;
+        }
+        for bytes in self.entry.locate(run) {
+            let (own, rest) = out.split_at_mut(bytes.len() / size * numbers);
+            quant::decode(self.format, &self.mapped[bytes], own);
+            out = rest;
+        }
     }
 }

@@ -6,24 +6,73 @@
 
 use crate::model::LoadError;
 use crate::parallel::Communicator;
-use crate::quant::{Format, Matrix, format_of};
+use crate::quant::{Format, Matrix, Rows, format_of};
 use candle_core::{DType, Device, Tensor};
 use checkpoint::{Checkpoint, Source};
 use std::cell::{RefCell, RefMut};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
 mod checkpoint;
+mod gguf;
+mod gguf_names;
 mod names;
 
+pub use checkpoint::open_gguf;
+pub use gguf::{Gguf, GgufError};
 pub use names::GroupedHeads;
 
 /// What is wrong with a weights file.
-pub use ::safetensors::SafeTensorError as FormatError;
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// It is no safetensors file, or is cut short.
+    #[error(transparent)]
+    Safetensors(#[from] ::safetensors::SafeTensorError),
+    /// It is no GGUF file, is cut short, or lacks a value.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+}
+
+/// What a checkpoint says of itself: its `config.json`, or what is equal to it where a single file has everything. With
+/// the file it stands in.
+///
+/// # Errors
+/// When it is not there or cannot be read.
+pub fn config(place: &Path) -> Result<(PathBuf, String), LoadError> {
+    if place.is_file() {
+        let file = open_gguf(place)?;
+        let config = gguf_names::config(&file).map_err(|source| LoadError::Weights {
+            file: place.to_path_buf(),
+            source: source.into(),
+        })?;
+        return Ok((place.to_path_buf(), config.to_string()));
+    }
+    let file = place.join("config.json");
+    let text = std::fs::read_to_string(&file).map_err(|source| LoadError::io(&file, source))?;
+    Ok((file, text))
+}
+
+/// The files that hold the weights of the GGUF file at `place`, and how many numbers are in them.
+///
+/// # Errors
+/// When one of them cannot be read.
+pub fn gguf_files(place: &Path) -> Result<(Vec<PathBuf>, u64), LoadError> {
+    let files = checkpoint::shards(place, &open_gguf(place)?);
+    let mut numbers = 0;
+    for file in &files {
+        let file = open_gguf(file)?;
+        let counts = file
+            .tensors()
+            .iter()
+            .map(|tensor| tensor.shape.iter().product::<usize>());
+        numbers += counts.sum::<usize>() as u64;
+    }
+    Ok((files, numbers))
+}
 
 /// A path in a checkpoint, for one rank.
 #[derive(Clone)]
@@ -39,6 +88,8 @@ struct Shared<'a> {
     quant: Option<Format>,
     communicator: Arc<dyn Communicator>,
     progress: &'a (dyn Fn(f32) + 'a),
+    /// Bytes of all tensors.
+    bytes: u64,
     book: RefCell<Book>,
 }
 
@@ -49,6 +100,8 @@ struct Book {
     faults: Vec<Fault>,
     bytes_read: u64,
     bytes_kept: u64,
+    /// Bytes of matrices by the format they are held in.
+    held: BTreeMap<&'static str, u64>,
 }
 
 /// A tensor that is not as the model needs it.
@@ -115,7 +168,10 @@ impl fmt::Display for Fault {
                 )
             }
             Self::Format { file, name, found } => {
-                write!(f, "{name} in {file} is {found}; read are F32, F16 and BF16")
+                write!(
+                    f,
+                    "{name} in {file} is {found}; read are F32, F16, BF16, and in GGUF files Q8_0, Q6_K, Q5_K and Q4_K"
+                )
             }
             Self::Range { name, format } => {
                 write!(f, "{name} has numbers too large for {format}")
@@ -138,21 +194,22 @@ impl fmt::Display for Fault {
 type Cut = Vec<Range<usize>>;
 
 impl<'a> Weights<'a> {
-    /// Opens the safetensors files in `folder`: one, or those that an index names. `heads` are those of the linear
-    /// attention, by which some checkpoints group rows; `quant` is the number format asked for, see [`format_of`].
+    /// Opens `place`: a folder with safetensors files, one or those that an index names, or a GGUF file. `heads` are those
+    /// of the linear attention, by which some checkpoints group rows; `quant` is the number format asked for, see [`format_of`].
     ///
     /// # Errors
-    /// When a file is missing, cut short or no safetensors file.
+    /// When a file is missing, cut short or of another kind.
     pub fn open(
-        folder: &Path,
+        place: &Path,
         heads: GroupedHeads,
         device: &Device,
         quant: Option<Format>,
         communicator: Arc<dyn Communicator>,
         progress: &'a dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let checkpoint = Checkpoint::open(folder, heads)?;
+        let checkpoint = Checkpoint::open(place, heads)?;
         let shared = Shared {
+            bytes: checkpoint.bytes(),
             checkpoint,
             device: device.clone(),
             quant,
@@ -257,7 +314,7 @@ impl<'a> Weights<'a> {
     pub fn finish(&self, skipped: &[&str]) -> Result<u64, LoadError> {
         let book = self.book();
         if !book.faults.is_empty() {
-            let folder = self.shared.checkpoint.folder().to_path_buf();
+            let folder = self.shared.checkpoint.place().to_path_buf();
             return Err(LoadError::Tensors {
                 folder,
                 faults: book.faults.clone(),
@@ -283,6 +340,11 @@ impl<'a> Weights<'a> {
                 "the checkpoint has tensors that nothing here reads"
             );
         }
+        let held = book.held.iter();
+        let held: Vec<String> = held
+            .map(|(format, bytes)| format!("{} MB in {format}", bytes / 1_000_000))
+            .collect();
+        tracing::info!("matrices: {}", held.join(", "));
         Ok(book.bytes_kept)
     }
 
@@ -345,14 +407,22 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Notes that `read` bytes were read and `kept` bytes are held.
-    fn count(&self, read: u64, kept: u64) {
+    /// Notes that `read` bytes were read.
+    fn count(&self, read: u64) {
+        /// Below this a model is there before anybody asks.
+        const WORTH_TELLING: u64 = 1 << 28;
+        let all = self.shared.bytes;
         let mut book = self.book();
+        let tenth = |read: u64| 10 * read / all.max(1);
+        let before = tenth(book.bytes_read);
         book.bytes_read += read;
-        book.bytes_kept += kept;
-        let share = book.bytes_read as f32 / self.shared.checkpoint.bytes() as f32;
+        let read = book.bytes_read;
         drop(book);
-        (self.shared.progress)(share.min(1.0));
+        if all > WORTH_TELLING && tenth(read) > before {
+            let mega = |bytes: u64| bytes / 1_000_000;
+            tracing::info!("read {} of {} MB", mega(read), mega(all));
+        }
+        (self.shared.progress)((read as f32 / all as f32).min(1.0));
     }
 }
 
@@ -385,8 +455,8 @@ impl Selection {
         self.columns.iter().map(Range::len).sum()
     }
 
-    /// Reads the held row `row`; `out` has [`Self::width`].
-    fn decode(&self, source: &Source<'_>, row: usize, mut out: &mut [f32]) {
+    /// Where the held row `row` lies: ranges of numbers, counted through the whole tensor.
+    fn runs(&self, row: usize) -> impl Iterator<Item = Range<usize>> {
         let mut left = row;
         let range = self.rows.iter().find(|range| {
             let inside = left < range.len();
@@ -397,11 +467,59 @@ impl Selection {
         });
         let row = range.expect("a row that is held").start + left;
         let start = row * self.stride;
-        for columns in &self.columns {
-            let (own, rest) = out.split_at_mut(columns.len());
-            source.decode(start + columns.start..start + columns.end, own);
+        let columns = self.columns.iter();
+        columns.map(move |columns| start + columns.start..start + columns.end)
+    }
+}
+
+/// The part of a tensor that is held, as a matrix is made of it.
+struct Held<'a> {
+    source: &'a Source<'a>,
+    selection: &'a Selection,
+    /// Whether the matrix has the format of the file.
+    as_stored: bool,
+}
+
+impl Held<'_> {
+    /// These rows are read and will not be again.
+    fn give_back(&self, rows: Range<usize>) {
+        let stride = self.selection.stride;
+        match &self.selection.rows[..] {
+            // nothing between them
+            [held] => {
+                let (start, end) = (held.start + rows.start, held.start + rows.end);
+                self.source.give_back(start * stride..end * stride);
+            }
+            parts => {
+                let all = self.selection.row_count();
+                if rows.end == all {
+                    for part in parts {
+                        self.source
+                            .give_back(part.start * stride..part.end * stride);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Rows for Held<'_> {
+    fn numbers(&self, row: usize, mut out: &mut [f32]) {
+        for run in self.selection.runs(row) {
+            let (own, rest) = out.split_at_mut(run.len());
+            self.source.decode(run, own);
             out = rest;
         }
+    }
+
+    fn bytes(&self, row: usize, mut out: &mut [u8]) -> bool {
+        self.as_stored
+            && self.selection.runs(row).all(|run| {
+                let length = self.source.stored(run.len()) as usize;
+                let (own, rest) = std::mem::take(&mut out).split_at_mut(length);
+                out = rest;
+                self.source.bytes(run, own)
+            })
     }
 }
 
@@ -417,16 +535,25 @@ impl Part<'_, '_> {
             Ok(source) => source,
             Err(stand_in) => return Ok(stand_in),
         };
-        let format = format_of(&self.name, width, source.format, shared.quant);
-        let held = &self.held;
-        let fill = |row, out: &mut [f32]| held.decode(&source, row, out);
-        let Some(matrix) = Matrix::from_rows(format, rows, width, fill) else {
+        let format = format_of(&self.name, width, source.format(), shared.quant);
+        let held = Held {
+            source: &source,
+            selection: &self.held,
+            as_stored: format == source.stored_format(),
+        };
+        let taken = |own: Range<usize>| {
+            self.weights.count(source.stored(own.len() * width));
+            held.give_back(own);
+        };
+        let Some(matrix) = Matrix::from_rows(format, rows, width, &held, taken) else {
             let name = self.name.clone();
             self.fault(Fault::Range { name, format });
             return Ok(Self::stand_in());
         };
-        self.weights
-            .count(source.bytes(rows * width), matrix.bytes());
+        let mut book = self.weights.book();
+        book.bytes_kept += matrix.bytes();
+        *book.held.entry(format.as_str()).or_default() += matrix.bytes();
+        drop(book);
         Ok(matrix)
     }
 
@@ -447,11 +574,17 @@ impl Part<'_, '_> {
             return Ok(Tensor::zeros(shape, DType::F32, device)?);
         };
         let mut numbers = vec![0.0; rows * width];
+        let held = Held {
+            source: &source,
+            selection: &self.held,
+            as_stored: false,
+        };
         for (row, out) in numbers.chunks_exact_mut(width.max(1)).enumerate() {
-            self.held.decode(&source, row, out);
+            held.numbers(row, out);
         }
-        self.weights
-            .count(source.bytes(numbers.len()), 4 * numbers.len() as u64);
+        source.give_back(0..self.shape.iter().product());
+        self.weights.book().bytes_kept += 4 * numbers.len() as u64;
+        self.weights.count(source.stored(numbers.len()));
         Ok(Tensor::from_vec(numbers, shape, device)?)
     }
 
@@ -471,6 +604,7 @@ impl Part<'_, '_> {
 
     /// Loading goes on with it, to find the other faults, and then fails.
     fn stand_in() -> Matrix {
-        Matrix::from_rows(Format::F32, 0, 0, |_, _| {}).expect("there is no number in it")
+        Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {}, |_| {})
+            .expect("there is no number in it")
     }
 }

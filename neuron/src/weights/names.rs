@@ -102,8 +102,9 @@ fn ungrouped(groups: usize, blocks: &[usize], own: Range<usize>) -> Vec<Range<us
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init)] // lists of ranges are what is compared
 mod tests {
+    use super::super::checkpoint::{Change, Stored};
     use super::*;
-    use safetensors::tensor::Dtype;
+    use crate::quant::Format;
 
     const HEADS: GroupedHeads = GroupedHeads {
         key: 2,
@@ -116,9 +117,11 @@ mod tests {
         let count: usize = shape.iter().product();
         Entry {
             file: 0,
-            dtype: Dtype::BF16,
+            stored: Stored::Format(Format::Bf16),
             shape: shape.to_vec(),
             bytes: std::iter::once(100..100 + 2 * count).collect(),
+            columns: Vec::new(),
+            change: Change::None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! `config.json`, flat or nested, old keys or new → one checked [`Config`].
 
 use crate::model::LoadError;
-use crate::weights::GroupedHeads;
+use crate::weights::{self, GroupedHeads};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -166,13 +166,12 @@ impl Config {
         }
     }
 
-    /// Reads `config.json` in `folder`; the sequence length is bounded by `context_length` as well.
+    /// Reads what the checkpoint in `folder` says of itself; the sequence length is bounded by `context_length` as well.
     ///
     /// # Errors
     /// When a key is missing or asks for something that is not built.
     pub(crate) fn read(folder: &Path, context_length: Option<usize>) -> Result<Self, LoadError> {
-        let file = folder.join("config.json");
-        let text = std::fs::read_to_string(&file).map_err(|source| LoadError::io(&file, source))?;
+        let (file, text) = weights::config(folder)?;
         let json = |source| LoadError::Json {
             file: file.clone(),
             source,

@@ -1,0 +1,582 @@
+//! Blocks of 256 numbers in 4, 5 or 6 bits, bit for bit as GGUF files have them (`Q4_K`, `Q5_K`, `Q6_K`).
+//!
+//! A block has parts of 32 (16 in `Q6K`) numbers with a scale of their own, which is itself a small whole number times
+//! the block's scale. Making one is a search: for each part a few dozen scales are tried around the one that just covers
+//! its range, each is mended by least squares, and the one with the smallest error is kept.
+
+use super::Unit;
+use half::f16;
+
+/// Numbers in a block.
+pub(crate) const LEN: usize = 256;
+/// Numbers that share a scale and an offset in [`Q4K`] and [`Q5K`].
+const PART: usize = 32;
+/// Such parts of a block.
+const PARTS: usize = LEN / PART;
+/// Numbers that share a scale in [`Q6K`].
+const SMALL: usize = 16;
+/// Largest scale and offset of a part.
+const TOP: f32 = 63.0;
+
+/// `scale · scaleₚ · q − offset · offsetₚ`, q from 0 to 15.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(crate) struct Q4K {
+    pub(crate) scale: f16,
+    pub(crate) offset: f16,
+    /// Scales and offsets of the parts in 6 bits each, see [`unpacked`].
+    pub(crate) parts: [u8; 12],
+    /// 32 bytes for two parts: the first in the lower halves, the second in the upper.
+    pub(crate) quants: [u8; LEN / 2],
+}
+
+/// `scale · scaleₚ · q − offset · offsetₚ`, q from 0 to 31.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(crate) struct Q5K {
+    pub(crate) scale: f16,
+    pub(crate) offset: f16,
+    /// As in [`Q4K`].
+    pub(crate) parts: [u8; 12],
+    /// The fifth bits: bit p of byte i is that of number i of part p.
+    pub(crate) high: [u8; PART],
+    /// The lower four bits, as in [`Q4K`].
+    pub(crate) quants: [u8; LEN / 2],
+}
+
+/// `scale · scaleₚ · q`, q from −32 to 31, kept as q + 32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(crate) struct Q6K {
+    /// The lower four bits. Half a block is four quarters of 32 numbers; its first 32 bytes have quarters 0 and 2, the
+    /// next have 1 and 3.
+    pub(crate) quants: [u8; LEN / 2],
+    /// The upper two bits: byte i of half a block has those of number i of quarters 0 to 3.
+    pub(crate) high: [u8; LEN / 4],
+    pub(crate) parts: [i8; LEN / SMALL],
+    pub(crate) scale: f16,
+}
+
+/// The scales and offsets of the eight parts.
+pub(crate) fn unpacked(parts: &[u8; 12]) -> ([u8; PARTS], [u8; PARTS]) {
+    let (mut scales, mut offsets) = ([0; PARTS], [0; PARTS]);
+    for part in 0..PARTS / 2 {
+        // four of each in the lower 6 bits; their upper 2 are the upper bits of the other four
+        scales[part] = parts[part] & 63;
+        offsets[part] = parts[part + 4] & 63;
+        scales[part + 4] = parts[part + 8] & 15 | parts[part] >> 6 << 4;
+        offsets[part + 4] = parts[part + 8] >> 4 | parts[part + 4] >> 6 << 4;
+    }
+    (scales, offsets)
+}
+
+fn packed(scales: &[u8; PARTS], offsets: &[u8; PARTS]) -> [u8; 12] {
+    let mut parts = [0; 12];
+    for part in 0..PARTS / 2 {
+        parts[part] = scales[part] | scales[part + 4] >> 4 << 6;
+        parts[part + 4] = offsets[part] | offsets[part + 4] >> 4 << 6;
+        parts[part + 8] = scales[part + 4] & 15 | offsets[part + 4] << 4;
+    }
+    parts
+}
+
+/// The nearest whole number, of those below 2²²: what rounding does, in two additions that need no call.
+#[inline(always)]
+pub(crate) fn nearest(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: no digits behind the point are left
+    (x + SHIFT) - SHIFT
+}
+
+/// Sums that run side by side.
+const LANES: usize = 8;
+
+#[inline(always)]
+fn sum(lanes: [f32; LANES]) -> f32 {
+    lanes.iter().sum()
+}
+
+/// Scale and offset, both 0 or more, with which `x ≈ scale · q − offset`, q from 0 to `levels`.
+#[inline(always)]
+fn fit_affine(x: &[f32; PART], levels: f32) -> (f32, f32) {
+    let square = x.iter().map(|x| x * x).sum::<f32>();
+    let typical = (square / PART as f32).sqrt();
+    let low = x.iter().copied().fold(0f32, f32::min);
+    let high = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if high <= low {
+        return (0.0, -low);
+    }
+    // large numbers count more, as they do in a product
+    let weights: [f32; PART] = std::array::from_fn(|i| typical + x[i].abs());
+    let (mut w, mut wx) = ([0.0; LANES], [0.0; LANES]);
+    for at in (0..PART).step_by(LANES) {
+        for lane in 0..LANES {
+            w[lane] += weights[at + lane];
+            wx[lane] += weights[at + lane] * x[at + lane];
+        }
+    }
+    let (w, wx) = (sum(w), sum(wx));
+    let (mut best, mut kept) = (f32::INFINITY, ((high - low) / levels, -low));
+    for step in -10..=10 {
+        let inverse = (levels + 0.1 * step as f32) / (high - low);
+        let (mut wq, mut wqq, mut wqx) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        for at in (0..PART).step_by(LANES) {
+            for lane in 0..LANES {
+                let q = nearest(inverse * (x[at + lane] - low)).clamp(0.0, levels);
+                let weighted = weights[at + lane] * q;
+                wq[lane] += weighted;
+                wqq[lane] += weighted * q;
+                wqx[lane] += weighted * x[at + lane];
+            }
+        }
+        let (wq, wqq, wqx) = (sum(wq), sum(wqq), sum(wqx));
+        let determinant = w * wqq - wq * wq;
+        if determinant <= 0.0 {
+            continue;
+        }
+        // the least squares for these q
+        let mut scale = (w * wqx - wx * wq) / determinant;
+        let mut shift = (wqq * wx - wq * wqx) / determinant;
+        if shift > 0.0 {
+            (scale, shift) = (wqx / wqq, 0.0);
+        }
+        // Σ w (scale q + shift − x)², less Σ w x²
+        let error =
+            scale * (scale * wqq + 2.0 * (shift * wq - wqx)) + shift * (shift * w - 2.0 * wx);
+        if error < best && scale > 0.0 {
+            (best, kept) = (error, (scale, -shift));
+        }
+    }
+    kept
+}
+
+/// The scale, of either sign, with which `x ≈ scale · q`, q from −32 to 31.
+#[inline(always)]
+fn fit_symmetric(x: &[f32; SMALL]) -> f32 {
+    let furthest = x
+        .iter()
+        .copied()
+        .fold(0f32, |top, x| if x.abs() > top.abs() { x } else { top });
+    if furthest == 0.0 {
+        return 0.0;
+    }
+    let (mut best, mut kept) = (0.0, furthest / -32.0);
+    for step in -9..=9 {
+        let inverse = -(32.0 + 0.1 * step as f32) / furthest;
+        let (mut qx, mut qq) = ([0.0; LANES], [0.0; LANES]);
+        for at in (0..SMALL).step_by(LANES) {
+            for lane in 0..LANES {
+                let x = x[at + lane];
+                let q = nearest(inverse * x).clamp(-32.0, 31.0);
+                let weighted = x * x * q;
+                qx[lane] += weighted * x;
+                qq[lane] += weighted * q;
+            }
+        }
+        let (qx, qq) = (sum(qx), sum(qq));
+        if qq > 0.0 && qx * qx > best * qq {
+            (best, kept) = (qx * qx / qq, qx / qq);
+        }
+    }
+    kept
+}
+
+/// What a block with offsets is made of before its quants are laid out.
+struct Affine {
+    scale: f16,
+    offset: f16,
+    parts: [u8; 12],
+    quants: [u8; LEN],
+}
+
+#[inline(always)]
+fn affine(numbers: &[f32], levels: f32) -> Affine {
+    let (mut scales, mut offsets) = ([0f32; PARTS], [0f32; PARTS]);
+    let (parts, _) = numbers.as_chunks::<PART>();
+    for (part, numbers) in parts.iter().enumerate() {
+        (scales[part], offsets[part]) = fit_affine(numbers, levels);
+    }
+    let scale = f16::from_f32(scales.iter().copied().fold(0.0, f32::max) / TOP);
+    let offset = f16::from_f32(offsets.iter().copied().fold(0.0, f32::max) / TOP);
+    let whole = |of: &[f32; PARTS], unit: f16| -> [u8; PARTS] {
+        let unit = unit.to_f32();
+        std::array::from_fn(|part| match unit {
+            0.0 => 0,
+            unit => nearest(of[part] / unit).min(TOP) as u8,
+        })
+    };
+    let (scales, offsets) = (whole(&scales, scale), whole(&offsets, offset));
+    let mut quants = [0; LEN];
+    for (part, numbers) in parts.iter().enumerate() {
+        // by the scale that is kept
+        let step = scale.to_f32() * f32::from(scales[part]);
+        let shift = offset.to_f32() * f32::from(offsets[part]);
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        let quants = &mut quants[part * PART..][..PART];
+        for (q, x) in quants.iter_mut().zip(numbers) {
+            *q = nearest(((x + shift) * inverse).clamp(0.0, levels)) as u8;
+        }
+    }
+    Affine {
+        scale,
+        offset,
+        parts: packed(&scales, &offsets),
+        quants,
+    }
+}
+
+/// The lower four bits of every quant, two parts to 32 bytes.
+fn halves(quants: &[u8; LEN]) -> [u8; LEN / 2] {
+    let mut bytes = [0; LEN / 2];
+    for (pair, bytes) in bytes.chunks_exact_mut(PART).enumerate() {
+        let both = &quants[pair * 2 * PART..];
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            *byte = both[i] & 15 | both[PART + i] << 4;
+        }
+    }
+    bytes
+}
+
+impl Q4K {
+    /// Every quant, 0 to 15.
+    #[inline(always)]
+    pub(crate) fn quants(&self) -> [u8; LEN] {
+        let mut quants = [0; LEN];
+        for (bytes, both) in self
+            .quants
+            .chunks_exact(PART)
+            .zip(quants.chunks_exact_mut(2 * PART))
+        {
+            for (i, byte) in bytes.iter().enumerate() {
+                both[i] = byte & 15;
+                both[PART + i] = byte >> 4;
+            }
+        }
+        quants
+    }
+}
+
+impl Q5K {
+    /// Every quant, 0 to 31.
+    #[inline(always)]
+    pub(crate) fn quants(&self) -> [u8; LEN] {
+        let mut quants = [0; LEN];
+        for (pair, both) in quants.chunks_exact_mut(2 * PART).enumerate() {
+            for i in 0..PART {
+                let (byte, high) = (self.quants[pair * PART + i], self.high[i] >> (2 * pair));
+                both[i] = byte & 15 | (high & 1) << 4;
+                both[PART + i] = byte >> 4 | (high >> 1 & 1) << 4;
+            }
+        }
+        quants
+    }
+}
+
+impl Q6K {
+    /// Every quant, −32 to 31.
+    #[inline(always)]
+    pub(crate) fn quants(&self) -> [i8; LEN] {
+        let mut quants = [0; LEN];
+        for (half, own) in quants.chunks_exact_mut(LEN / 2).enumerate() {
+            let (low, high) = (&self.quants[64 * half..], &self.high[32 * half..]);
+            for i in 0..32 {
+                let q = [
+                    low[i] & 15 | (high[i] & 3) << 4,
+                    low[i + 32] & 15 | (high[i] >> 2 & 3) << 4,
+                    low[i] >> 4 | (high[i] >> 4 & 3) << 4,
+                    low[i + 32] >> 4 | (high[i] >> 6) << 4,
+                ];
+                for (quarter, q) in q.into_iter().enumerate() {
+                    own[32 * quarter + i] = q as i8 - 32;
+                }
+            }
+        }
+        quants
+    }
+}
+
+/// The numbers of a block with offsets.
+#[inline(always)]
+fn decode_affine(scale: f16, offset: f16, parts: &[u8; 12], quants: &[u8; LEN], out: &mut [f32]) {
+    let (scales, offsets) = unpacked(parts);
+    let (scale, offset) = (scale.to_f32(), offset.to_f32());
+    for (part, (out, quants)) in out
+        .chunks_exact_mut(PART)
+        .zip(quants.chunks_exact(PART))
+        .enumerate()
+    {
+        let step = scale * f32::from(scales[part]);
+        let shift = offset * f32::from(offsets[part]);
+        for (x, q) in out.iter_mut().zip(quants) {
+            *x = step * f32::from(*q) - shift;
+        }
+    }
+}
+
+/// Takes `N` bytes off the front.
+fn take<const N: usize>(bytes: &mut &[u8]) -> [u8; N] {
+    let (own, rest) = bytes.split_first_chunk().expect("a whole block");
+    *bytes = rest;
+    *own
+}
+
+fn take_f16(bytes: &mut &[u8]) -> f16 {
+    f16::from_le_bytes(take(bytes))
+}
+
+impl Unit for Q4K {
+    const LEN: usize = LEN;
+    const BYTES: usize = 144;
+    const EMPTY: Self = Self {
+        scale: f16::ZERO,
+        offset: f16::ZERO,
+        parts: [0; 12],
+        quants: [0; LEN / 2],
+    };
+
+    #[inline(always)]
+    fn encode(numbers: &[f32]) -> Self {
+        let made = affine(numbers, 15.0);
+        Self {
+            scale: made.scale,
+            offset: made.offset,
+            parts: made.parts,
+            quants: halves(&made.quants),
+        }
+    }
+
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        decode_affine(self.scale, self.offset, &self.parts, &self.quants(), out);
+    }
+
+    fn is_finite(&self) -> bool {
+        self.scale.is_finite() && self.offset.is_finite()
+    }
+
+    fn read(mut bytes: &[u8]) -> Self {
+        Self {
+            scale: take_f16(&mut bytes),
+            offset: take_f16(&mut bytes),
+            parts: take(&mut bytes),
+            quants: take(&mut bytes),
+        }
+    }
+}
+
+impl Unit for Q5K {
+    const LEN: usize = LEN;
+    const BYTES: usize = 176;
+    const EMPTY: Self = Self {
+        scale: f16::ZERO,
+        offset: f16::ZERO,
+        parts: [0; 12],
+        high: [0; PART],
+        quants: [0; LEN / 2],
+    };
+
+    #[inline(always)]
+    fn encode(numbers: &[f32]) -> Self {
+        let made = affine(numbers, 31.0);
+        let mut high = [0; PART];
+        for (part, quants) in made.quants.chunks_exact(PART).enumerate() {
+            for (high, q) in high.iter_mut().zip(quants) {
+                *high |= (q >> 4) << part;
+            }
+        }
+        Self {
+            scale: made.scale,
+            offset: made.offset,
+            parts: made.parts,
+            high,
+            quants: halves(&made.quants),
+        }
+    }
+
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        decode_affine(self.scale, self.offset, &self.parts, &self.quants(), out);
+    }
+
+    fn is_finite(&self) -> bool {
+        self.scale.is_finite() && self.offset.is_finite()
+    }
+
+    fn read(mut bytes: &[u8]) -> Self {
+        Self {
+            scale: take_f16(&mut bytes),
+            offset: take_f16(&mut bytes),
+            parts: take(&mut bytes),
+            high: take(&mut bytes),
+            quants: take(&mut bytes),
+        }
+    }
+}
+
+impl Unit for Q6K {
+    const LEN: usize = LEN;
+    const BYTES: usize = 210;
+    const EMPTY: Self = Self {
+        quants: [0; LEN / 2],
+        high: [0; LEN / 4],
+        parts: [0; LEN / SMALL],
+        scale: f16::ZERO,
+    };
+
+    #[inline(always)]
+    fn encode(numbers: &[f32]) -> Self {
+        let (small, _) = numbers.as_chunks::<SMALL>();
+        let mut scales = [0f32; LEN / SMALL];
+        for (scale, numbers) in scales.iter_mut().zip(small) {
+            *scale = fit_symmetric(numbers);
+        }
+        let furthest = scales
+            .iter()
+            .copied()
+            .fold(0f32, |top, x| if x.abs() > top.abs() { x } else { top });
+        let mut block = Self {
+            scale: f16::from_f32(furthest / -128.0),
+            ..Self::EMPTY
+        };
+        let scale = block.scale.to_f32();
+        if scale == 0.0 || !scale.is_finite() {
+            // nothing to scale: every number is 0 times something, kept as the middle
+            block.quants = [0; LEN / 2];
+            block.high = [0b1010_1010; LEN / 4];
+            return block;
+        }
+        for (part, own) in block.parts.iter_mut().zip(&scales) {
+            *part = nearest(own / scale).clamp(-128.0, 127.0) as i8;
+        }
+        for (at, numbers) in small.iter().enumerate() {
+            let step = scale * f32::from(block.parts[at]);
+            let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
+            for (i, x) in numbers.iter().enumerate() {
+                let q = nearest((x * inverse).clamp(-32.0, 31.0)) + 32.0;
+                block.put(at * SMALL + i, q as u8);
+            }
+        }
+        block
+    }
+
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let (scale, quants) = (self.scale.to_f32(), self.quants());
+        for (at, (out, quants)) in out
+            .chunks_exact_mut(SMALL)
+            .zip(quants.chunks_exact(SMALL))
+            .enumerate()
+        {
+            let step = scale * f32::from(self.parts[at]);
+            for (x, q) in out.iter_mut().zip(quants) {
+                *x = step * f32::from(*q);
+            }
+        }
+    }
+
+    fn is_finite(&self) -> bool {
+        self.scale.is_finite()
+    }
+
+    fn read(mut bytes: &[u8]) -> Self {
+        Self {
+            quants: take(&mut bytes),
+            high: take(&mut bytes),
+            parts: take::<{ LEN / SMALL }>(&mut bytes).map(|byte| byte as i8),
+            scale: take_f16(&mut bytes),
+        }
+    }
+}
+
+impl Q6K {
+    /// Lays the quant `q`, 0 to 63, of number `at` into a block that is still empty there.
+    #[inline(always)]
+    fn put(&mut self, at: usize, q: u8) {
+        let (half, within) = (at / 128, at % 128);
+        let (quarter, i) = (within / 32, within % 32);
+        self.quants[64 * half + 32 * (quarter % 2) + i] |= (q & 15) << (4 * (quarter / 2));
+        self.high[32 * half + i] |= (q >> 4) << (2 * quarter);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::numbers;
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+
+    /// Numbers whose size changes from part to part, as those of trained weights do.
+    fn uneven(seed: u64) -> Vec<f32> {
+        let mut all = numbers(seed, 8 * LEN);
+        for (part, numbers) in all.chunks_mut(SMALL).enumerate() {
+            let size = 0.01 * (1 + part * 7 % 11) as f32;
+            numbers.iter_mut().for_each(|x| *x *= size * x.abs());
+        }
+        all
+    }
+
+    fn ours<U: Unit>(numbers: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; numbers.len()];
+        for (numbers, out) in numbers.chunks(LEN).zip(out.chunks_mut(LEN)) {
+            U::encode(numbers).decode(out);
+        }
+        out
+    }
+
+    fn square_error(found: &[f32], wanted: &[f32]) -> f64 {
+        let pairs = found.iter().zip(wanted);
+        pairs.map(|(x, y)| f64::from(x - y).powi(2)).sum()
+    }
+
+    /// candle has the layout of GGUF files and the search of llama.cpp: what it makes of numbers, as bytes and back.
+    fn check<U: Unit>(kind: GgmlDType) {
+        assert_eq!(size_of::<U>(), U::BYTES);
+        for seed in 0..4 {
+            let numbers = uneven(seed);
+            let tensor = Tensor::from_slice(&numbers, numbers.len(), &Device::Cpu).unwrap();
+            let theirs = QTensor::quantize(&tensor, kind).unwrap();
+            let wanted: Vec<f32> = theirs.dequantize(&Device::Cpu).unwrap().to_vec1().unwrap();
+            let bytes = theirs.data().unwrap();
+            let mut found = vec![0.0; numbers.len()];
+            for (bytes, out) in bytes.chunks(U::BYTES).zip(found.chunks_mut(LEN)) {
+                U::read(bytes).decode(out);
+            }
+            assert_eq!(found, wanted, "the same bytes are the same numbers");
+            let (own, their) = (
+                square_error(&ours::<U>(&numbers), &numbers),
+                square_error(&wanted, &numbers),
+            );
+            assert!(own <= 1.05 * their, "{kind:?}: error {own}, theirs {their}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_laid_out_as_in_files_and_made_as_well_as_there() {
+        check::<Q4K>(GgmlDType::Q4K);
+        check::<Q5K>(GgmlDType::Q5K);
+        check::<Q6K>(GgmlDType::Q6K);
+    }
+
+    #[test]
+    fn blocks_of_nothing_and_of_one_number_are_kept() {
+        for value in [0.0, 0.5, -0.5] {
+            let numbers = [value; LEN];
+            for found in [
+                ours::<Q4K>(&numbers),
+                ours::<Q5K>(&numbers),
+                ours::<Q6K>(&numbers),
+            ] {
+                for x in found {
+                    assert!((x - value).abs() <= 0.01 * value.abs(), "{x} for {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scales_come_out_of_their_bits_as_they_went_in() {
+        let scales = [0, 63, 17, 32, 48, 5, 15, 16];
+        let offsets = [63, 0, 33, 1, 62, 47, 31, 8];
+        assert_eq!(unpacked(&packed(&scales, &offsets)), (scales, offsets));
+    }
+}
