@@ -66,6 +66,7 @@ pub async fn serve(
             source: model.source.clone(),
             context_length: model.context_length,
             quant: model.quant,
+            devices: Vec::new(),
         };
         residency
             .load(wanted)

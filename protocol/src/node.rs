@@ -119,6 +119,9 @@ pub struct LoadModel {
     /// The number format to hold weights in; that of the files when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quant: Option<WeightFormat>,
+    /// The devices to hold it, by their [`DeviceInfo::id`], the same share on each; the node's choice when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
 }
 
 /// How the numbers of a model's weight matrices are held in memory.

@@ -100,7 +100,7 @@ fn status(app: &App) -> Status {
     });
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
-        in_flight: app.metrics.in_flight(),
+        in_flight: app.metrics.exchanges.in_flight(),
         nodes: nodes.collect(),
     }
 }

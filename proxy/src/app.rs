@@ -8,9 +8,8 @@ use crate::pingora::client::Client;
 use crate::pingora::downstream::{Intake, Serving};
 use crate::pingora::upstream::Upstream;
 use crate::responses::Responses;
-use crate::stack;
+use crate::stack::{self, StackMetrics};
 use arc_swap::ArcSwap;
-use filters::metrics::Metrics;
 use filters::remember::StoreError;
 use prometheus::{IntCounterVec, Opts, Registry};
 use std::path::PathBuf;
@@ -26,7 +25,7 @@ const POOL: usize = 1024;
 pub(crate) struct App {
     /// What serves requests now.
     pub(crate) serving: Arc<ArcSwap<Serving>>,
-    pub(crate) metrics: Metrics,
+    pub(crate) metrics: StackMetrics,
     pub(crate) registry: Registry,
     pub(crate) fleet: Arc<Fleet>,
     /// Set when no new requests are taken.
@@ -54,7 +53,7 @@ impl App {
     /// When the file of responses cannot be opened.
     pub(crate) fn build(config: Config) -> Result<Arc<Self>, BuildError> {
         let registry = Registry::new();
-        let metrics = Metrics::new(&registry);
+        let metrics = StackMetrics::new(&registry);
         let reloads = IntCounterVec::new(
             Opts::new("cortex_config_reloads_total", "Reloads, by how they ended"),
             &["outcome"],
@@ -161,6 +160,9 @@ impl App {
         (new.listen, new.metrics_listen, new.threads) =
             (old.listen, old.metrics_listen, old.threads);
         new.tls.clone_from(&old.tls);
+        if new.routing == old.routing {
+            new.policy = old.policy.clone(); // it remembers
+        }
         new.responses.path.clone_from(&old.responses.path);
         self.responses.set_bounds(new.responses.bounds);
         let new = Arc::new(new);
@@ -181,13 +183,17 @@ impl App {
 /// What serves requests under one configuration.
 fn serving(
     config: &Arc<Config>,
-    metrics: &Metrics,
+    metrics: &StackMetrics,
     fleet: &Arc<Fleet>,
     lifecycle: &Arc<Lifecycle>,
     responses: &Arc<Responses>,
     upstream: &Upstream,
 ) -> Serving {
-    let catalogue = Arc::new(Catalogue::new(config.clone(), fleet.clone()));
+    let catalogue = Arc::new(Catalogue::new(
+        config.clone(),
+        fleet.clone(),
+        lifecycle.clone(),
+    ));
     Serving {
         stack: stack::build(
             config,

@@ -18,6 +18,8 @@ pub(crate) enum Command {
     Serve(File),
     /// Check a configuration and say what is wrong with it, one line a fault.
     Check(File),
+    /// Say where each model of the catalogue would be loaded if it were asked for now, and why. Nothing is loaded.
+    Plan(File),
     /// Show nodes, devices, memory, models and requests in flight of a running gateway.
     Status(StatusArgs),
     /// Start a local neuron and a gateway in front of it, load a model and wait until both are ready.

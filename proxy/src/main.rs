@@ -37,6 +37,10 @@ fn main() -> ExitCode {
             }
             Err(code) => code,
         },
+        Command::Plan(file) => match read(file.config.as_deref()) {
+            Ok(config) => report(plan(&config)),
+            Err(code) => code,
+        },
         Command::Status(args) => report(status::run(&args)),
         Command::Up(args) => report(up::run(args)),
     }
@@ -53,6 +57,17 @@ fn serve(file: Option<&Path>) -> ExitCode {
         }
         Err(code) => code,
     }
+}
+
+/// Asks the nodes once and prints what would be placed where.
+fn plan(config: &Config) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let fleet = fleet::Fleet::once(config);
+    runtime.block_on(fleet.look());
+    print!("{}", lifecycle::plan::plan(config, &fleet.view()));
+    Ok(())
 }
 
 /// The configuration, or its faults on standard error, one line each.

@@ -1,10 +1,11 @@
 //! The nodes: who they are, how they are, what they hold. Requests read one immutable view from start to end.
 
-use crate::config::{Neuron, Poll};
+use crate::config::{Config, Neuron, Poll};
 use crate::pingora::client::Client;
 use arc_swap::ArcSwap;
-use filters::route::{Candidate, Endpoint};
-use prometheus::{IntGaugeVec, Opts, Registry};
+use filters::route::{Candidate, Endpoint, NodeLoad, Replica, seen_as};
+use prometheus::core::Collector;
+use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 use protocol::node::{DeviceInfo, ModelState, ModelStatus};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,6 +37,9 @@ pub(crate) struct NodeView {
     pub(crate) devices: Vec<DeviceInfo>,
     pub(crate) version: String,
     pub(crate) models: Vec<ModelStatus>,
+    /// Requests that were there at the last poll and not ours.
+    pub(crate) foreign: usize,
+    pub(crate) load: Arc<NodeLoad>,
 }
 
 /// Whether a node can be used.
@@ -61,12 +65,29 @@ impl NodeView {
         self.health == Health::Up
     }
 
+    /// Whether requests can be sent there.
+    pub(crate) fn serves(&self) -> bool {
+        self.is_up() && self.endpoint.is_some()
+    }
+
+    /// Whether it can be told to load and unload models.
+    pub(crate) fn can_load(&self) -> bool {
+        self.serves()
+    }
+
     pub(crate) fn model(&self, id: &str) -> Option<&ModelStatus> {
         self.models.iter().find(|model| model.id == id)
     }
 }
 
 impl FleetView {
+    /// A fleet of these nodes, of which nobody has been told.
+    #[cfg(test)]
+    pub(crate) fn of(nodes: Vec<NodeView>) -> Self {
+        let served = HashMap::new();
+        Self { nodes, served }
+    }
+
     /// Where `model` is served, if anywhere.
     pub(crate) fn served(&self, model: &str) -> Option<&Served> {
         self.served.get(model)
@@ -86,6 +107,8 @@ pub(crate) struct Fleet {
     /// Rung after each new view.
     changed: Notify,
     nodes_gauge: IntGaugeVec,
+    open_gauge: IntGaugeVec,
+    ejections: IntCounterVec,
 }
 
 struct Members {
@@ -93,6 +116,8 @@ struct Members {
     poll: Poll,
     /// Counts of use by model; they outlive views, nodes and reloads.
     uses: HashMap<Arc<str>, Arc<ModelUse>>,
+    /// The same by node and model, for nodes that are members.
+    replicas: HashMap<(Arc<str>, Arc<str>), Arc<Replica>>,
 }
 
 impl Fleet {
@@ -110,10 +135,33 @@ impl Fleet {
         registry
             .register(Box::new(nodes_gauge.clone()))
             .expect("one fleet a registry");
+        let open_gauge = IntGaugeVec::new(
+            Opts::new(
+                "cortex_node_circuit_open",
+                "1 while a node is passed over because its requests failed",
+            ),
+            &["node"],
+        )
+        .expect("name and label are constants");
+        let ejections = IntCounterVec::new(
+            Opts::new(
+                "cortex_node_ejections_total",
+                "Times that a node's circuit opened",
+            ),
+            &["node"],
+        )
+        .expect("name and label are constants");
+        for family in [
+            Box::new(open_gauge.clone()) as Box<dyn Collector>,
+            Box::new(ejections.clone()),
+        ] {
+            registry.register(family).expect("one fleet a registry");
+        }
         let members = Members {
             nodes: Vec::new(),
             poll,
             uses: HashMap::new(),
+            replicas: HashMap::new(),
         };
         let fleet = Self {
             client,
@@ -121,9 +169,17 @@ impl Fleet {
             members: Mutex::new(members),
             changed: Notify::new(),
             nodes_gauge,
+            open_gauge,
+            ejections,
         };
         fleet.set_members(neurons, poll);
         Arc::new(fleet)
+    }
+
+    /// The nodes of a configuration, to be looked at by a command.
+    pub(crate) fn once(config: &Config) -> Arc<Self> {
+        let client = Client::new(config.timeouts.connect, 1);
+        Self::new(client, &config.neurons, config.poll, &Registry::new())
     }
 
     /// The fleet as it is now; hold on to it for the length of one decision.
@@ -143,12 +199,18 @@ impl Fleet {
             .iter()
             .map(|neuron| {
                 let same = members.nodes.iter().find(|node| node.neuron == *neuron);
-                same.cloned()
-                    .unwrap_or_else(|| Arc::new(Node::new(neuron.clone())))
+                same.cloned().unwrap_or_else(|| {
+                    let mut before = members.nodes.iter();
+                    let before = before.find(|node| node.neuron.name == neuron.name);
+                    Arc::new(Node::new(neuron.clone(), before.map(|node| node.load())))
+                })
             })
             .collect();
         members.nodes = nodes;
         members.poll = poll;
+        members
+            .replicas
+            .retain(|(node, _), _| neurons.iter().any(|neuron| neuron.name == *node));
         drop(members);
         self.publish();
     }
@@ -162,7 +224,7 @@ impl Fleet {
         let mut members = self.lock();
         let nodes: Vec<NodeView> = members.nodes.iter().map(|node| node.view()).collect();
         let mut served: HashMap<Arc<str>, Vec<Candidate>> = HashMap::new();
-        for node in nodes.iter().filter(|node| node.is_up()) {
+        for node in nodes.iter().filter(|node| node.serves()) {
             let Some(endpoint) = &node.endpoint else {
                 continue;
             };
@@ -171,10 +233,12 @@ impl Fleet {
                 .iter()
                 .filter(|model| model.state == ModelState::Loaded)
             {
-                let reported = usize::try_from(model.in_flight).unwrap_or(usize::MAX);
+                let id = (node.name.clone(), Arc::from(model.id.as_str()));
                 let candidate = Candidate {
                     endpoint: endpoint.clone(),
-                    reported,
+                    replica: members.replicas.entry(id).or_default().clone(),
+                    foreign: node.foreign,
+                    seen_as: seen_as(&node.name, &model.id, model.since),
                 };
                 served
                     .entry(model.id.as_str().into())
@@ -216,10 +280,24 @@ impl Fleet {
                 .with_label_values(&[health])
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+        self.open_gauge.reset();
+        for node in &nodes {
+            let label = &[&*node.name];
+            let open = i64::from(node.load.is_open());
+            self.open_gauge.with_label_values(label).set(open);
+            let counted = self.ejections.with_label_values(label);
+            counted.inc_by(node.load.times_opened().saturating_sub(counted.get()));
+        }
         // stored under the lock, so that an older view never replaces a newer one
         self.view.store(Arc::new(FleetView { nodes, served }));
         drop(members);
         self.changed.notify_one();
+    }
+
+    /// The count of use of a model on a node.
+    pub(crate) fn replica(&self, node: &Arc<str>, model: &Arc<str>) -> Arc<Replica> {
+        let id = (node.clone(), model.clone());
+        self.lock().replicas.entry(id).or_default().clone()
     }
 
     /// The count of use of a model that may not be served yet.

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use filters::route::Endpoint;
 use futures::future::join_all;
 use http::Method;
+use rand::Rng;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,14 +34,19 @@ impl Fleet {
     /// Polls for ever.
     pub(crate) async fn run(&self) {
         loop {
-            let (nodes, poll) = {
-                let members = self.lock();
-                (members.nodes.clone(), members.poll)
-            };
-            join_all(nodes.iter().map(|node| self.ask(node))).await;
-            self.publish();
-            sleep(poll.period).await;
+            self.look().await;
+            let poll = self.lock().poll;
+            // gateways that were started together do not ask together for ever
+            let share = rand::rng().random_range(1.0 - poll.jitter..=1.0 + poll.jitter);
+            sleep(poll.period.mul_f64(share)).await;
         }
+    }
+
+    /// Asks all nodes once.
+    pub(crate) async fn look(&self) {
+        let nodes = self.lock().nodes.clone();
+        join_all(nodes.iter().map(|node| self.ask(node))).await;
+        self.publish();
     }
 
     /// Asks one node now, out of turn: its models have just changed.
@@ -61,7 +67,7 @@ impl Fleet {
         let poll = self.lock().poll;
         let asked = timeout(poll.timeout, inquire(&self.client, node)).await;
         match asked.unwrap_or(Err(PollError::Late(poll.timeout))) {
-            Ok((info, models)) => node.answered(info, models),
+            Ok((info, models)) => node.answered(info, models, poll.up_after),
             Err(error) => node.failed(&error.to_string(), poll.down_after),
         }
     }

@@ -145,12 +145,12 @@ impl ShutdownSignalWatch for Stop {
         self.0.draining.store(true, Ordering::Relaxed);
         let bound = self.0.config().drain;
         tracing::info!(
-            in_flight = self.0.metrics.in_flight(),
+            in_flight = self.0.metrics.exchanges.in_flight(),
             "draining for at most {} s",
             bound.as_secs()
         );
         let deadline = Instant::now() + bound;
-        while self.0.metrics.in_flight() > 0 && Instant::now() < deadline {
+        while self.0.metrics.exchanges.in_flight() > 0 && Instant::now() < deadline {
             tokio::select! {
                 () = sleep(Duration::from_millis(20)) => {}
                 _ = interrupt.recv() => break,
