@@ -25,7 +25,7 @@ const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(file) => serve(file.config.as_deref()),
+        Command::Serve(args) => serve(args.file.config.as_deref(), args.upgrade),
         Command::Check(file) => match read(file.config.as_deref()) {
             Ok(config) => {
                 println!(
@@ -46,12 +46,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(file: Option<&Path>) -> ExitCode {
+fn serve(file: Option<&Path>, upgrade: bool) -> ExitCode {
     match read(file) {
         Ok(config) => {
             telemetry::start("info");
             match app::App::build(config) {
-                Ok(app) => report(pingora::server::run(&app)),
+                Ok(app) => report(pingora::server::run(&app, upgrade)),
                 Err(error) => report(Err(error)),
             }
         }

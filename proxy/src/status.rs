@@ -58,6 +58,7 @@ pub(crate) fn endpoint(address: SocketAddr) -> Endpoint {
         authority: address.to_string().into(),
         tls: false,
         weight: 1,
+        access: Arc::default(),
         load: Arc::default(),
     }
 }

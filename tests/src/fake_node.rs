@@ -62,6 +62,8 @@ struct Shared {
     total: u64,
     models: BTreeMap<String, ModelStatus>,
     sizes: BTreeMap<String, u64>,
+    /// What `authorization` has to be to see the models.
+    key: Option<Vec<u8>>,
     script: Script,
     loading: Loading,
     seen: Vec<Seen>,
@@ -102,6 +104,7 @@ impl FakeNode {
             total: 1000,
             models: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            key: None,
             script: Script::Answer,
             loading: Loading::Prompt,
             seen: Vec::new(),
@@ -113,6 +116,7 @@ impl FakeNode {
         let router = Router::new()
             .route("/discovery", get(discovery))
             .route("/models", get(models))
+            .route("/v1/models", get(cards))
             .route("/models/load", post(load))
             .route("/models/unload", post(unload))
             .route("/v1/chat/completions", post(exchange))
@@ -159,6 +163,18 @@ impl FakeNode {
     pub fn sized(self, model: &str, bytes: u64) -> Self {
         self.with(|shared| shared.sizes.insert(model.into(), bytes));
         self
+    }
+
+    /// Wants to be told this as its key.
+    #[must_use]
+    pub fn locked(self, key: &str) -> Self {
+        self.with(|shared| shared.key = Some(format!("Bearer {key}").into_bytes()));
+        self
+    }
+
+    /// Forgets a model, as if somebody else had unloaded it.
+    pub fn forget(&self, model: &str) {
+        self.with(|shared| shared.models.remove(model));
     }
 
     /// From now on requests are answered like this.
@@ -259,6 +275,22 @@ async fn discovery(State((shared, _)): State<Node>) -> Response {
 async fn models(State((shared, _)): State<Node>) -> Response {
     let models = shared.lock().unwrap().models.values().cloned().collect();
     axum::Json(NodeModels { models }).into_response()
+}
+
+/// OpenAI's list, for gateways to which this is some server; only those that know the key get it.
+async fn cards(State((shared, _)): State<Node>, headers: HeaderMap) -> Response {
+    let shared = shared.lock().unwrap();
+    let known = headers
+        .get("authorization")
+        .map(|value| value.as_bytes().to_vec());
+    if shared.key.is_some() && known != shared.key {
+        return StatusCode::UNAUTHORIZED.into_response();
+    }
+    let cards = shared
+        .models
+        .keys()
+        .map(|id| json!({"id": id, "object": "model"}));
+    axum::Json(json!({"object": "list", "data": cards.collect::<Vec<_>>()})).into_response()
 }
 
 async fn load(State((shared, _)): State<Node>, body: Bytes) -> Response {

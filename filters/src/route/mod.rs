@@ -20,6 +20,25 @@ mod session;
 pub use node::{Breaker, NodeLoad, Replica, now};
 pub use prefix_tree::owner as seen_as;
 
+/// How requests get into a node.
+#[derive(Debug, Default, PartialEq)]
+pub struct Access {
+    /// What stands before every path; empty for nodes of our own.
+    pub prefix: String,
+    /// The value of the `authorization` header, where one is needed.
+    pub authorization: Option<Secret>,
+}
+
+/// Text that is not to be logged.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
+    }
+}
+
 /// A node as something to send requests to.
 #[derive(Debug)]
 pub struct Endpoint {
@@ -33,6 +52,8 @@ pub struct Endpoint {
     pub tls: bool,
     /// Its share of requests beside nodes of weight 1; at least 1.
     pub weight: u32,
+    /// How requests get in.
+    pub access: Arc<Access>,
     /// Counts that outlive any one view of the fleet.
     pub load: Arc<NodeLoad>,
 }
@@ -415,6 +436,7 @@ impl Candidate {
             authority: "localhost:1".into(),
             tls: false,
             weight,
+            access: Arc::default(),
             load: Arc::default(),
         };
         Self {

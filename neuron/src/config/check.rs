@@ -115,5 +115,6 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             endpoint: environment::hub_endpoint(),
         },
         log,
+        join: None,
     })
 }

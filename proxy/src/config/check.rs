@@ -2,11 +2,12 @@
 
 use super::settings::{self, ModelsFile, Settings};
 use super::{
-    Config, Cors, Eviction, Model, Neuron, Poll, Replicas, Responses, Strategy, Timeouts, Tls,
+    Config, Cors, Eviction, Joining, Kind, Model, Neuron, Poll, Replicas, Responses, Strategy,
+    Timeouts, Tls,
 };
 use crate::responses::Bounds;
 use filters::retry::Retries;
-use filters::route::{self, Breaker, Routing};
+use filters::route::{self, Access, Breaker, Routing, Secret};
 use filters::sampling::{Defaults, FIELDS};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -41,6 +42,8 @@ impl fmt::Display for Fault {
 /// Collects faults, so that a person sees all of them at once.
 struct Checker {
     file: PathBuf,
+    /// Files that were read on the way.
+    files: Vec<PathBuf>,
     faults: Vec<Fault>,
 }
 
@@ -82,6 +85,27 @@ impl Checker {
         self.parse(key, text, "32MiB", parsed)
     }
 
+    /// What a file holds, without the white space around it.
+    fn secret(&mut self, key: &str, path: PathBuf) -> Secret {
+        let read = std::fs::read_to_string(&path);
+        let secret = match read.as_deref().map(str::trim) {
+            Ok("") => {
+                self.fault(format!("{key} = \"{}\" is empty", path.display()));
+                String::new()
+            }
+            Ok(text) => text.to_owned(),
+            Err(error) => {
+                self.fault(format!(
+                    "{key} = \"{}\" cannot be read: {error}",
+                    path.display()
+                ));
+                String::new()
+            }
+        };
+        self.files.push(path);
+        Secret(secret)
+    }
+
     fn at_least(&mut self, key: &str, value: f64, least: f64) -> f64 {
         if value.is_nan() || value < least {
             self.fault(format!("{key} = {value}: at least {least} is needed"));
@@ -112,11 +136,13 @@ pub(super) fn check(
     let path = file.unwrap_or(Path::new("(defaults)"));
     let mut checker = Checker {
         file: path.into(),
+        files: file.map(Path::to_path_buf).into_iter().collect(),
         faults: Vec::new(),
     };
     let config = build(settings, file, &mut checker);
     let catalogue = match models {
         Some((path, models)) => {
+            checker.files.push(path.clone());
             let own = std::mem::replace(&mut checker.file, path);
             let built = self::catalogue(models, &config.neurons, &mut checker);
             checker.file = own;
@@ -130,6 +156,7 @@ pub(super) fn check(
             fallbacks: catalogue.fallbacks,
             sampling: catalogue.sampling,
             default_model: catalogue.default,
+            files: checker.files,
             ..config
         })
     } else {
@@ -224,13 +251,34 @@ fn build(settings: Settings, file: Option<&Path>, checker: &mut Checker) -> Conf
             retire_after: checker.duration("replicas.retire_after", &replicas.retire_after),
         },
         responses: kept(responses, file, checker),
-        neurons: nodes(neurons, checker),
+        neurons: nodes(neurons, file, checker),
         models: BTreeMap::new(),
         fallbacks: HashMap::new(),
         sampling: HashMap::new(),
         default_model: None,
         file: file.map(Path::to_path_buf),
+        files: Vec::new(),
+        watch: (!gateway.watch.is_empty())
+            .then(|| checker.duration("gateway.watch", &gateway.watch)),
+        upgrade_socket: folder_of(file).join(&gateway.upgrade_socket),
+        joining: joining(&fleet, file, checker),
     }
+}
+
+/// The folder that paths in the file are relative to.
+fn folder_of(file: Option<&Path>) -> &Path {
+    file.and_then(Path::parent).unwrap_or(Path::new(""))
+}
+
+/// Whether and how nodes may join by themselves.
+fn joining(fleet: &settings::Fleet, file: Option<&Path>, checker: &mut Checker) -> Option<Joining> {
+    let lease = checker.duration("fleet.join_lease", &fleet.join_lease);
+    let named = !fleet.join_token_file.as_os_str().is_empty();
+    let token = named.then(|| {
+        let path = folder_of(file).join(&fleet.join_token_file);
+        checker.secret("fleet.join_token_file", path)
+    });
+    token.map(|token| Joining { token, lease })
 }
 
 /// How nodes are chosen, by the policy of this name.
@@ -312,6 +360,7 @@ fn listener(tls: settings::Tls, file: Option<&Path>, checker: &mut Checker) -> O
     };
     let certificate = read("certificate", tls.certificate, "CERTIFICATE");
     let key = read("key", tls.key, "PRIVATE KEY");
+    checker.files.extend([certificate.clone(), key.clone()]);
     Some(Tls {
         listen: checker.address("tls.listen", &tls.listen),
         certificate,
@@ -340,7 +389,11 @@ fn pages(cors: &settings::Cors, checker: &mut Checker) -> Option<Cors> {
     })
 }
 
-fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
+fn nodes(
+    neurons: Vec<settings::Neuron>,
+    file: Option<&Path>,
+    checker: &mut Checker,
+) -> Vec<Neuron> {
     let mut nodes: Vec<Neuron> = Vec::with_capacity(neurons.len());
     for (index, neuron) in neurons.into_iter().enumerate() {
         let key = format!("neurons[{index}]");
@@ -355,8 +408,10 @@ fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
                 neuron.name
             ));
         }
-        match endpoint(&neuron.endpoint) {
-            Some((authority, tls)) => {
+        let foreign = neuron.kind == "openai";
+        let (kind, authorization) = kind_of(&key, &neuron, file, checker);
+        match endpoint(&neuron.endpoint, foreign) {
+            Some((authority, tls, prefix)) => {
                 if neuron.weight == 0 {
                     checker.fault(format!("{key}.weight = 0: at least 1 is needed; take the node out to send it nothing"));
                 }
@@ -365,6 +420,9 @@ fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
                     authority: authority.into(),
                     tls,
                     weight: neuron.weight,
+                    all_addresses: neuron.all_addresses,
+                    kind,
+                    access: Arc::new(Access { prefix, authorization }),
                 });
             }
             None => checker.fault(format!(
@@ -376,18 +434,61 @@ fn nodes(neurons: Vec<settings::Neuron>, checker: &mut Checker) -> Vec<Neuron> {
     nodes
 }
 
-/// Host, port and whether to speak TLS.
-fn endpoint(text: &str) -> Option<(String, bool)> {
+/// What a node is, and the credential it asks for.
+fn kind_of(
+    key: &str,
+    neuron: &settings::Neuron,
+    file: Option<&Path>,
+    checker: &mut Checker,
+) -> (Kind, Option<Secret>) {
+    let (env, path) = (&neuron.api_key_env, &neuron.api_key_file);
+    let from_file = !path.as_os_str().is_empty();
+    let kind = match neuron.kind.as_str() {
+        "" | "neuron" => {
+            if !env.is_empty() || from_file || !neuron.models.is_empty() {
+                checker.fault(format!(
+                    "{key}: `models`, `api_key_env` and `api_key_file` are for nodes of kind = \"openai\""
+                ));
+            }
+            return (Kind::Neuron, None);
+        }
+        "openai" => Kind::OpenAi {
+            models: neuron.models.iter().map(|id| id.as_str().into()).collect(),
+        },
+        other => {
+            checker.fault(format!(
+                "{key}.kind = \"{other}\" is unknown; use \"neuron\" or \"openai\""
+            ));
+            return (Kind::Neuron, None);
+        }
+    };
+    let secret = match (env.is_empty(), from_file) {
+        (true, false) => return (kind, None),
+        (true, true) => checker.secret(&format!("{key}.api_key_file"), folder_of(file).join(path)),
+        (false, _) => Secret(super::variable(env).unwrap_or_else(|| {
+            checker.fault(format!(
+                "{key}.api_key_env = \"{env}\" is not in the environment; set it, or use api_key_file"
+            ));
+            String::new()
+        })),
+    };
+    (kind, Some(Secret(format!("Bearer {}", secret.0))))
+}
+
+/// Host and port, whether to speak TLS, and, where one is allowed, the path before all others without `/v1`.
+pub(crate) fn endpoint(text: &str, with_path: bool) -> Option<(String, bool, String)> {
     let uri: http::Uri = text.parse().ok()?;
     let tls = match uri.scheme_str()? {
         "http" => false,
         "https" => true,
         _ => return None,
     };
-    let plain = matches!(uri.path(), "" | "/") && uri.query().is_none();
+    let path = uri.path().trim_end_matches('/');
+    let plain = (with_path || path.is_empty()) && uri.query().is_none();
+    let prefix = path.strip_suffix("/v1").unwrap_or(path).to_owned();
     let authority = uri.authority().filter(|_| plain)?;
     let port = authority.port_u16().unwrap_or(if tls { 443 } else { 80 });
-    Some((format!("{}:{port}", authority.host()), tls))
+    Some((format!("{}:{port}", authority.host()), tls, prefix))
 }
 
 /// What `models.toml` says.
@@ -588,6 +689,7 @@ mod tests {
             name = "b"
             endpoint = "http://10.0.0.5"
             weight = 0
+            kind = "ollama"
             [[neurons]]
             name = "b"
             endpoint = "http://10.0.0.6"
@@ -625,6 +727,7 @@ mod tests {
             "cortex.toml: responses.bytes = \"lots\":",
             "cortex.toml: responses.path = \"nowhere/kept\" cannot be a file: name one in a folder that is there",
             "cortex.toml: neurons[0].endpoint = \"10.0.0.5\" is no address of a node; write it like \"http://10.0.0.5:13131\"",
+            "cortex.toml: neurons[1].kind = \"ollama\" is unknown; use \"neuron\" or \"openai\"",
             "cortex.toml: neurons[1].weight = 0: at least 1 is needed",
             "cortex.toml: neurons[2].name = \"b\" is taken by an earlier node",
             "models.toml: models[0].source is empty; give a folder or a hub id like \"owner/name\"",
@@ -656,8 +759,13 @@ mod tests {
             [""; 0]
         );
         assert_eq!(
-            endpoint("https://gpu.lan"),
-            Some(("gpu.lan:443".into(), true))
+            endpoint("https://gpu.lan", false),
+            Some(("gpu.lan:443".into(), true, String::new()))
+        );
+        assert_eq!(endpoint("https://api.example.com/v1", false), None);
+        assert_eq!(
+            endpoint("https://api.example.com/x/v1/", true),
+            Some(("api.example.com:443".into(), true, "/x".into()))
         );
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::responses::Bounds;
 use filters::retry::Retries;
-use filters::route::{Routing, RoutingPolicy};
+use filters::route::{Access, Routing, RoutingPolicy, Secret};
 use filters::sampling::Defaults;
 use http::HeaderValue;
 use protocol::node::WeightFormat;
@@ -15,7 +15,7 @@ use std::time::Duration;
 mod check;
 pub(crate) mod settings;
 
-pub(crate) use check::Fault;
+pub(crate) use check::{Fault, endpoint};
 
 /// Everything the gateway needs to know, checked. Durations and sizes are values here, names are resolved.
 #[derive(Clone)]
@@ -40,6 +40,8 @@ pub(crate) struct Config {
     /// How long running requests may go on after SIGTERM.
     pub(crate) drain: Duration,
     pub(crate) poll: Poll,
+    /// `None`: nodes may not join by themselves.
+    pub(crate) joining: Option<Joining>,
     pub(crate) eviction: Eviction,
     pub(crate) replicas: Replicas,
     pub(crate) responses: Responses,
@@ -52,8 +54,14 @@ pub(crate) struct Config {
     pub(crate) sampling: Defaults,
     /// The model `cortex up` loads.
     pub(crate) default_model: Option<Arc<str>>,
-    /// Files it was read from, to be looked at again on reload.
+    /// The file it was read from, to be read again on reload.
     pub(crate) file: Option<PathBuf>,
+    /// All files that it depends on.
+    pub(crate) files: Vec<PathBuf>,
+    /// How often these are looked at for changes, if ever.
+    pub(crate) watch: Option<Duration>,
+    /// Where listening sockets are handed to the next process.
+    pub(crate) upgrade_socket: PathBuf,
 }
 
 /// A listener in TLS.
@@ -135,8 +143,26 @@ pub(crate) struct Responses {
     pub(crate) path: Option<PathBuf>,
 }
 
-/// A node by its address.
+/// How nodes join by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Joining {
+    /// What they have to know.
+    pub(crate) token: Secret,
+    /// How long they stay without joining again.
+    pub(crate) lease: Duration,
+}
+
+/// What a node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One of ours: it can be told to load and unload.
+    Neuron,
+    /// A server that speaks OpenAI and has these models whatever we do; those that it lists where there are none.
+    OpenAi { models: Vec<Arc<str>> },
+}
+
+/// A node by its address.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Neuron {
     pub(crate) name: Arc<str>,
     /// Host and port.
@@ -144,6 +170,10 @@ pub(crate) struct Neuron {
     pub(crate) tls: bool,
     /// Its share of requests beside nodes of weight 1.
     pub(crate) weight: u32,
+    /// Every address that its name stands for is a node.
+    pub(crate) all_addresses: bool,
+    pub(crate) kind: Kind,
+    pub(crate) access: Arc<Access>,
 }
 
 /// A model of the catalogue.
@@ -223,6 +253,11 @@ impl Config {
             name: "local".into(),
             endpoint: format!("http://{neuron}"),
             weight: 1,
+            all_addresses: false,
+            kind: String::new(),
+            models: Vec::new(),
+            api_key_env: String::new(),
+            api_key_file: PathBuf::new(),
         }];
         let models = match model {
             Some(model) => Some((PathBuf::from("--model"), one_model(model))),
@@ -279,6 +314,12 @@ fn one_model(model: &str) -> settings::ModelsFile {
 #[allow(clippy::disallowed_methods)] // this is the place that reads the environment
 pub(crate) fn log_filter() -> Option<String> {
     std::env::var("CORTEX_LOG").ok()
+}
+
+/// What the environment holds under this name, for keys of foreign servers.
+#[allow(clippy::disallowed_methods)] // this is the place that reads the environment
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
 /// The cargo that started this process, if one did.

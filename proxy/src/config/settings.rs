@@ -36,6 +36,9 @@ pub(crate) struct Gateway {
     pub(crate) max_waiting: usize,
     pub(crate) attempts: usize,
     pub(crate) routing: String,
+    /// Empty: never.
+    pub(crate) watch: String,
+    pub(crate) upgrade_socket: PathBuf,
 }
 
 #[derive(Debug, Default, Deserialize, PartialEq)]
@@ -88,6 +91,8 @@ pub(crate) struct Routing {
 pub(crate) struct Fleet {
     pub(crate) poll: String,
     pub(crate) poll_timeout: String,
+    pub(crate) join_token_file: PathBuf,
+    pub(crate) join_lease: String,
     pub(crate) jitter: f64,
     pub(crate) up_after: u32,
     pub(crate) down_after: u32,
@@ -124,6 +129,17 @@ pub(crate) struct Neuron {
     pub(crate) endpoint: String,
     #[serde(default = "one")]
     pub(crate) weight: u32,
+    #[serde(default)]
+    pub(crate) all_addresses: bool,
+    /// `neuron`, or `openai`: some server that speaks OpenAI and manages its own models.
+    #[serde(default)]
+    pub(crate) kind: String,
+    #[serde(default)]
+    pub(crate) models: Vec<String>,
+    #[serde(default)]
+    pub(crate) api_key_env: String,
+    #[serde(default)]
+    pub(crate) api_key_file: PathBuf,
 }
 
 fn one() -> u32 {
@@ -187,6 +203,8 @@ impl Default for Gateway {
             max_waiting: 1024,
             attempts: 3,
             routing: "least_loaded".into(),
+            watch: "5s".into(),
+            upgrade_socket: "/tmp/cortex_upgrade.sock".into(),
         }
     }
 }
@@ -236,6 +254,8 @@ impl Default for Fleet {
         Self {
             poll: "2s".into(),
             poll_timeout: "2s".into(),
+            join_token_file: PathBuf::new(),
+            join_lease: "30s".into(),
             jitter: 0.1,
             up_after: 1,
             down_after: 2,

@@ -7,10 +7,13 @@ use filters::route::{Candidate, Endpoint, NodeLoad, Replica, seen_as};
 use prometheus::core::Collector;
 use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry};
 use protocol::node::{DeviceInfo, ModelState, ModelStatus};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
+mod join;
 mod node;
 mod poll;
 mod usage;
@@ -31,6 +34,8 @@ pub(crate) struct FleetView {
 #[derive(Debug, Clone)]
 pub(crate) struct NodeView {
     pub(crate) name: Arc<str>,
+    /// Whether it loads and unloads as it is told.
+    pub(crate) manages: bool,
     pub(crate) health: Health,
     /// Where it is, once its name has been resolved.
     pub(crate) endpoint: Option<Arc<Endpoint>>,
@@ -72,11 +77,48 @@ impl NodeView {
 
     /// Whether it can be told to load and unload models.
     pub(crate) fn can_load(&self) -> bool {
-        self.serves()
+        self.serves() && self.manages
     }
 
     pub(crate) fn model(&self, id: &str) -> Option<&ModelStatus> {
         self.models.iter().find(|model| model.id == id)
+    }
+}
+
+impl Members {
+    /// Makes the nodes of what is configured, has joined, and stands in the name service.
+    fn refill(&mut self) {
+        let now = Instant::now();
+        self.joined.retain(|_, (_, until)| *until > now);
+        let own = self.configured.iter();
+        let others = self.joined.values().map(|(neuron, _)| neuron);
+        let mut wanted: Vec<(Neuron, Option<SocketAddr>)> = Vec::new();
+        for neuron in own.chain(others) {
+            let known = self.addresses.get(&neuron.name);
+            let several = known.filter(|known| neuron.all_addresses && !known.is_empty());
+            match several {
+                None => wanted.push((neuron.clone(), None)),
+                Some(addresses) => wanted.extend(addresses.iter().map(|address| {
+                    let name = format!("{}/{address}", neuron.name).into();
+                    let neuron = neuron.clone();
+                    (Neuron { name, ..neuron }, Some(*address))
+                })),
+            }
+        }
+        let before = std::mem::take(&mut self.nodes);
+        for (neuron, address) in wanted {
+            let same = before
+                .iter()
+                .find(|node| node.neuron == neuron && node.address == address);
+            let node = same.cloned().unwrap_or_else(|| {
+                let named = before.iter().find(|node| node.neuron.name == neuron.name);
+                Arc::new(Node::new(neuron, address, named.map(|node| node.load())))
+            });
+            self.nodes.push(node);
+        }
+        let nodes = &self.nodes;
+        self.replicas
+            .retain(|(name, _), _| nodes.iter().any(|node| node.neuron.name == *name));
     }
 }
 
@@ -113,6 +155,11 @@ pub(crate) struct Fleet {
 
 struct Members {
     nodes: Vec<Arc<Node>>,
+    configured: Vec<Neuron>,
+    /// Nodes that joined by themselves, and until when, by name.
+    joined: BTreeMap<Arc<str>, (Neuron, Instant)>,
+    /// What the names of nodes with `all_addresses` stand for.
+    addresses: HashMap<Arc<str>, Vec<SocketAddr>>,
     poll: Poll,
     /// Counts of use by model; they outlive views, nodes and reloads.
     uses: HashMap<Arc<str>, Arc<ModelUse>>,
@@ -159,6 +206,9 @@ impl Fleet {
         }
         let members = Members {
             nodes: Vec::new(),
+            configured: Vec::new(),
+            joined: BTreeMap::new(),
+            addresses: HashMap::new(),
             poll,
             uses: HashMap::new(),
             replicas: HashMap::new(),
@@ -195,22 +245,9 @@ impl Fleet {
     /// Takes the configured nodes as a difference: those that stay keep their counts and connections.
     pub(crate) fn set_members(&self, neurons: &[Neuron], poll: Poll) {
         let mut members = self.lock();
-        let nodes = neurons
-            .iter()
-            .map(|neuron| {
-                let same = members.nodes.iter().find(|node| node.neuron == *neuron);
-                same.cloned().unwrap_or_else(|| {
-                    let mut before = members.nodes.iter();
-                    let before = before.find(|node| node.neuron.name == neuron.name);
-                    Arc::new(Node::new(neuron.clone(), before.map(|node| node.load())))
-                })
-            })
-            .collect();
-        members.nodes = nodes;
+        members.configured = neurons.to_vec();
         members.poll = poll;
-        members
-            .replicas
-            .retain(|(node, _), _| neurons.iter().any(|neuron| neuron.name == *node));
+        members.refill();
         drop(members);
         self.publish();
     }

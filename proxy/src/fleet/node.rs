@@ -1,7 +1,7 @@
 //! One node, across polls.
 
 use super::{Health, NodeView};
-use crate::config::Neuron;
+use crate::config::{Kind, Neuron};
 use filters::route::{Endpoint, NodeLoad};
 use protocol::node::{NodeInfo, NodeModels};
 use std::net::SocketAddr;
@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[derive(Debug)]
 pub(super) struct Node {
     pub(super) neuron: Neuron,
+    /// The one address it has, where its name stands for several.
+    pub(super) address: Option<SocketAddr>,
     load: Arc<NodeLoad>,
     known: Mutex<Known>,
 }
@@ -31,7 +33,11 @@ struct Known {
 
 impl Node {
     /// A node; `load` is that of the one of its name before a reload.
-    pub(super) fn new(neuron: Neuron, load: Option<Arc<NodeLoad>>) -> Self {
+    pub(super) fn new(
+        neuron: Neuron,
+        address: Option<SocketAddr>,
+        load: Option<Arc<NodeLoad>>,
+    ) -> Self {
         let known = Known {
             health: Health::Unknown,
             failures: 0,
@@ -43,6 +49,7 @@ impl Node {
         };
         Self {
             neuron,
+            address,
             load: load.unwrap_or_default(),
             known: Mutex::new(known),
         }
@@ -68,6 +75,7 @@ impl Node {
             authority: self.neuron.authority.clone(),
             tls: self.neuron.tls,
             weight: self.neuron.weight,
+            access: self.neuron.access.clone(),
             load: self.load.clone(),
         });
         known.endpoint = Some(endpoint.clone());
@@ -119,6 +127,7 @@ impl Node {
         let known = self.lock();
         NodeView {
             name: self.neuron.name.clone(),
+            manages: self.neuron.kind == Kind::Neuron,
             health: known.health.clone(),
             endpoint: known.endpoint.clone(),
             devices: known

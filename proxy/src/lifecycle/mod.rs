@@ -21,6 +21,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
+#[cfg(test)]
+mod day;
 mod effects;
 mod eviction;
 mod placement;

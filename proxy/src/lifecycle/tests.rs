@@ -16,7 +16,7 @@ use std::time::Duration;
 
 const SECOND: u64 = 1_000_000_000;
 
-fn config(models: BTreeMap<Arc<str>, Model>, strategy: Strategy) -> Config {
+pub(super) fn config(models: BTreeMap<Arc<str>, Model>, strategy: Strategy) -> Config {
     let mut config = Config::read(None).unwrap_or_else(|_| panic!("defaults are fine"));
     config.models = models;
     config.eviction.strategy = strategy;
@@ -29,7 +29,7 @@ fn config(models: BTreeMap<Arc<str>, Model>, strategy: Strategy) -> Config {
     config
 }
 
-fn model(memory: Option<u64>) -> Model {
+pub(super) fn model(memory: Option<u64>) -> Model {
     Model {
         source: "/m".into(),
         memory,
@@ -46,13 +46,14 @@ fn model(memory: Option<u64>) -> Model {
     }
 }
 
-fn node(name: &str, devices: &[u64]) -> NodeView {
+pub(super) fn node(name: &str, devices: &[u64]) -> NodeView {
     let endpoint = Endpoint {
         node: name.into(),
         address: ([127, 0, 0, 1], 1).into(),
         authority: "node:1".into(),
         tls: false,
         weight: 1,
+        access: Arc::default(),
         load: Arc::default(),
     };
     let device = |(index, bytes): (usize, &u64)| DeviceInfo {
@@ -63,6 +64,7 @@ fn node(name: &str, devices: &[u64]) -> NodeView {
     };
     NodeView {
         name: name.into(),
+        manages: true,
         health: Health::Up,
         endpoint: Some(Arc::new(endpoint)),
         devices: devices.iter().enumerate().map(device).collect(),
@@ -73,7 +75,7 @@ fn node(name: &str, devices: &[u64]) -> NodeView {
     }
 }
 
-fn status(id: &str, state: ModelState, devices: &[String], bytes: u64) -> ModelStatus {
+pub(super) fn status(id: &str, state: ModelState, devices: &[String], bytes: u64) -> ModelStatus {
     ModelStatus {
         id: id.into(),
         state,
