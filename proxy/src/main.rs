@@ -65,7 +65,7 @@ fn plan(config: &Config) -> std::io::Result<()> {
         .enable_all()
         .build()?;
     let fleet = fleet::Fleet::once(config);
-    runtime.block_on(fleet.look());
+    runtime.block_on(fleet.look_before());
     print!("{}", lifecycle::plan::plan(config, &fleet.view()));
     Ok(())
 }

@@ -47,10 +47,20 @@ impl Fleet {
     }
 
     /// Asks all nodes once.
-    pub(crate) async fn look(&self) {
+    async fn look(&self) {
+        self.look_with(&self.client).await;
+    }
+
+    /// Asks all nodes once, from a runtime that ends after that: its connections are not kept.
+    pub(crate) async fn look_before(&self) {
+        let bound = self.lock().poll.timeout;
+        self.look_with(&Client::new(bound, 1)).await;
+    }
+
+    async fn look_with(&self, client: &Client) {
         self.resolve().await;
         let nodes = self.lock().nodes.clone();
-        join_all(nodes.iter().map(|node| self.ask(node))).await;
+        join_all(nodes.iter().map(|node| self.ask(client, node))).await;
         self.publish();
     }
 
@@ -96,14 +106,14 @@ impl Fleet {
             .find(|node| *node.neuron.name == *name)
             .cloned();
         if let Some(node) = node {
-            self.ask(&node).await;
+            self.ask(&self.client, &node).await;
             self.publish();
         }
     }
 
-    async fn ask(&self, node: &Arc<Node>) {
+    async fn ask(&self, client: &Client, node: &Arc<Node>) {
         let poll = self.lock().poll;
-        let asked = timeout(poll.timeout, inquire(&self.client, node)).await;
+        let asked = timeout(poll.timeout, inquire(client, node)).await;
         match asked.unwrap_or(Err(PollError::Late(poll.timeout))) {
             Ok((info, models)) => node.answered(info, models, poll.up_after),
             Err(error) => node.failed(&error.to_string(), poll.down_after),

@@ -32,6 +32,8 @@ pub(crate) enum Unavailable {
         address: SocketAddr,
         source: std::io::Error,
     },
+    #[error("cannot start: {0}")]
+    System(std::io::Error),
     #[error("cannot speak TLS on {address} with {}: {why}", certificate.display())]
     Tls {
         address: SocketAddr,
@@ -69,6 +71,15 @@ pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
         upgrade,
         ..Opt::default()
     };
+    if upgrade {
+        // from its first moment on it has to know what the old one knows
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime
+            .enable_all()
+            .build()
+            .map_err(Unavailable::System)?;
+        runtime.block_on(app.fleet.look_before());
+    }
     let mut server = Server::new_with_opt_and_conf(Some(opt), conf);
     server.bootstrap();
 
