@@ -320,7 +320,7 @@ fn verify_case(
         prefix: format!("len{tokens}"),
     };
     let prompt = golden.ids("input_ids")?.unwrap_or_default();
-    let mut state = model.new_state()?;
+    let mut state = model.new_state();
     let mut logits = Vec::new();
     let mut seen: HashMap<Seen, Vec<Tensor>> = HashMap::new();
     for piece in prompt.chunks(args.chunk.unwrap_or(usize::MAX)) {
@@ -383,7 +383,7 @@ fn draft(
     hidden: &Tensor,
     chunk: Option<usize>,
 ) -> Result<Option<Tensor>, VerifyError> {
-    let mut state = model.new_state()?;
+    let mut state = model.new_state();
     let mut logits = Vec::new();
     let mut start = 0;
     for piece in prompt[1..].chunks(chunk.unwrap_or(usize::MAX)) {
@@ -459,8 +459,11 @@ fn compare_state(
     let mut differences = Vec::new();
     for (layer, own) in state.layers.iter().enumerate() {
         let parts: Vec<(&str, Vec<f32>)> = match own {
-            LayerState::Attention(cache) => {
-                vec![("k", cache.keys.concat()), ("v", cache.values.concat())]
+            LayerState::Attention(place) => {
+                let heads = 0..state.kv_shape().heads;
+                let keys: Vec<_> = heads.clone().map(|head| state.keys(*place, head)).collect();
+                let values: Vec<_> = heads.map(|head| state.values(*place, head)).collect();
+                vec![("k", keys.concat()), ("v", values.concat())]
             }
             LayerState::Delta(state) => vec![
                 ("conv", state.conv.clone()),

@@ -169,7 +169,7 @@ fn alone_and_in_a_batch_are_equal_in_any_order() {
         let model = model::load(&fixture(name), &LoadOptions::cpu(), &|_| {}).unwrap();
         let golden = golden(name);
         for order in [[1, 7, 63, 65], [65, 63, 7, 1], [7, 65, 1, 63]] {
-            let mut states: Vec<_> = order.iter().map(|_| model.new_state().unwrap()).collect();
+            let mut states: Vec<_> = order.iter().map(|_| model.new_state()).collect();
             // the first half of every prompt in one step, then the second half together with single tokens of others
             let halves = |part: usize| {
                 let mut batch = Batch::default();
@@ -244,7 +244,7 @@ fn logits_of_ranks(name: &str, world_size: usize) -> Vec<Tensor> {
                     let folder = fixture(name);
                     let model =
                         model::load_rank(&folder, &LoadOptions::cpu(), rank, &|_| {}).unwrap();
-                    let mut state = model.new_state().unwrap();
+                    let mut state = model.new_state();
                     let batch = |ids| Batch::single(ids, LogitRows::All);
                     let first = model
                         .forward(&batch(&ids[..40]), &mut [&mut state])

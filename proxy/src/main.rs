@@ -20,6 +20,10 @@ use config::Config;
 use std::path::Path;
 use std::process::ExitCode;
 
+/// Requests come and go in buffers of 64 KiB, at which size the system's allocator tidies up on every release.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A fault of the configuration, as sysexits.h has it.
 const USAGE: u8 = 64;
 

@@ -4,6 +4,7 @@ use super::body::{Field, is};
 use super::generation::Origin;
 use super::{ApiMetrics, grammar};
 use crate::engine::guide::Guide;
+use crate::engine::prefix::places;
 use crate::engine::request::Request;
 use crate::engine::sampler::{SamplingFields, SamplingParams};
 use crate::residency::ServedModel;
@@ -16,6 +17,7 @@ use protocol::chat::StopStrings;
 use protocol::controls::{Controls, StructuredOutputs};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A field that is known and not supported: its name, which values ask for nothing, and why others are refused.
@@ -219,6 +221,8 @@ pub(super) const CONTROLS: &[Field] = &[
     ),
 ];
 
+/// What a message begins with in the templates of this family.
+const TURN: &str = "<|im_start|>";
 /// Most answers to one request.
 const MOST_ANSWERS: u64 = 128;
 
@@ -245,6 +249,7 @@ pub(super) struct Checked {
     /// Answers to each prompt.
     pub(super) count: usize,
     pub(super) priority: i64,
+    pub(super) salt: Option<Arc<str>>,
     /// What an answer must look like, and the field that says so.
     pub(super) shape: Option<(Shape, &'static str)>,
     pub(super) origin: Origin,
@@ -287,7 +292,8 @@ impl Given {
             let wanted = origin.arrived.checked_add(timeout);
             origin.deadline = wanted.map_or(origin.deadline, |wanted| wanted.min(origin.deadline));
         }
-        if controls.cache_salt.is_some_and(|salt| salt.is_empty()) {
+        let salt = controls.cache_salt;
+        if salt.as_ref().is_some_and(String::is_empty) {
             return Err(ApiError::invalid("cache_salt", "`cache_salt` is empty"));
         }
         let more = controls.stop_token_ids.unwrap_or_default();
@@ -304,6 +310,7 @@ impl Given {
             ends,
             count: usize::try_from(count).unwrap_or(usize::MAX),
             priority: controls.priority.unwrap_or(0),
+            salt: salt.map(Arc::from),
             shape,
             origin,
         })
@@ -320,6 +327,8 @@ impl Checked {
         guide: &Guide,
         output: impl Fn() -> OutputOptions,
     ) -> Vec<Request> {
+        let turn = model.text.tokenizer.id_of(TURN);
+        let places = places(prompt, turn, self.count);
         (0..self.count)
             .map(|index| Request {
                 id: self.origin.id.clone(),
@@ -332,6 +341,8 @@ impl Checked {
                 guide: guide.clone(),
                 score_prompt: false,
                 priority: self.priority,
+                places: places.clone(),
+                salt: self.salt.clone(),
                 output: Output::new(
                     model.text.tokenizer.clone(),
                     OutputOptions {

@@ -67,6 +67,11 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             "limits.prefill_chunk_tokens",
             settings.limits.prefill_chunk_tokens,
         )?,
+        state_bytes: match settings.limits.state_bytes {
+            Some(bytes) => Some(positive("limits.state_bytes", bytes)? as u64),
+            None => None,
+        },
+        prefix_cache: settings.limits.prefix_cache,
         request_deadline: Duration::from_secs(positive(
             "limits.request_deadline_seconds",
             settings.limits.request_deadline_seconds,

@@ -39,6 +39,10 @@ pub(super) struct LimitSettings {
     pub(super) max_queued_prompt_tokens: u64,
     /// Prompt tokens in one step.
     pub(super) prefill_chunk_tokens: u64,
+    /// Bytes of keys, values and recurrent states, for each model; as much as is of use and free when absent.
+    pub(super) state_bytes: Option<u64>,
+    /// Whether what sequences computed is kept for later ones that begin alike.
+    pub(super) prefix_cache: bool,
     /// Bound on a whole request.
     pub(super) request_deadline_seconds: u64,
 }
@@ -97,6 +101,8 @@ impl Default for LimitSettings {
             max_waiting: 256,
             max_queued_prompt_tokens: 1_000_000,
             prefill_chunk_tokens: 128,
+            state_bytes: None,
+            prefix_cache: true,
             request_deadline_seconds: 3600,
         }
     }
@@ -141,6 +147,10 @@ impl Settings {
             hub: HubSettings {
                 cache_dir: Some(String::new()),
                 offline: false,
+            },
+            limits: LimitSettings {
+                state_bytes: Some(1),
+                ..LimitSettings::default()
             },
             models: vec![ModelSettings {
                 id: String::new(),

@@ -1,6 +1,7 @@
 //! A model for tests: its next token is a fixed function of the tokens so far, or what the test scripted.
 
-use crate::memory::{LayerState, SequenceState};
+use crate::memory::pool::{BLOCK, KvPool, KvShape};
+use crate::memory::{DeltaState, LayerState, SequenceState};
 use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
 use candle_core::{Device, Tensor};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -75,6 +76,9 @@ pub(crate) struct FakeModel {
     pub(crate) context: usize,
     /// Steps run so far.
     pub(crate) steps: Arc<AtomicUsize>,
+    /// Tokens computed so far.
+    pub(crate) rows: Arc<AtomicUsize>,
+    pub(crate) pool: KvPool,
     /// Hangs up when the model is dropped.
     #[expect(dead_code, reason = "held to hang up, never used")]
     pub(crate) dropped: Option<std::sync::mpsc::Sender<()>>,
@@ -87,6 +91,12 @@ impl FakeModel {
             gate: Arc::default(),
             context: 4096,
             steps: Arc::default(),
+            rows: Arc::default(),
+            pool: KvPool::new(KvShape {
+                layers: 1,
+                heads: 1,
+                dim: 1,
+            }),
             dropped: None,
         }
     }
@@ -134,12 +144,23 @@ impl CausalLm for FakeModel {
         1000
     }
 
+    /// A byte a token.
     fn state_bytes(&self, tokens: usize) -> u64 {
-        tokens as u64
+        (KvShape::blocks(tokens) * BLOCK) as u64
     }
 
-    fn new_state(&self) -> Result<SequenceState, ModelError> {
-        Ok(SequenceState::of_fake())
+    fn pool(&self) -> &KvPool {
+        &self.pool
+    }
+
+    /// It keeps the tokens it has seen, half of its memory in either kind of layer.
+    fn new_state(&self) -> SequenceState {
+        let seen = DeltaState {
+            conv: Vec::new(),
+            recurrent: Vec::new(),
+        };
+        let layers = vec![LayerState::Delta(seen), LayerState::Attention(0)];
+        SequenceState::new(layers, self.pool.clone())
     }
 
     fn forward_probed(
@@ -159,15 +180,25 @@ impl CausalLm for FakeModel {
         }
         let mut rows = Vec::new();
         for segment in &batch.segments {
-            let LayerState::Delta(state) = &mut states[segment.state].layers[0] else {
-                unreachable!("the fake makes its own states");
-            };
-            let seen = &mut state.recurrent;
+            let state = &mut *states[segment.state];
+            state.make_room(segment.rows.len())?;
+            self.rows.fetch_add(segment.rows.len(), Ordering::SeqCst);
             for (at, &token) in batch.ids[segment.rows.clone()].iter().enumerate() {
-                seen.push(token as f32);
+                let token = token as f32;
+                state.put((0, 0), state.len, &[token], &[token]);
+                state.len += 1;
+                let kept = state.keys(0, 0);
+                let LayerState::Delta(delta) = &mut state.layers[0] else {
+                    unreachable!("the fake makes its own states");
+                };
+                delta.recurrent.push(token);
+                assert_eq!(
+                    delta.recurrent, kept,
+                    "both kinds of layer saw the same tokens"
+                );
                 let last = at + 1 == segment.rows.len();
                 if segment.logits == LogitRows::All || (segment.logits == LogitRows::Last && last) {
-                    let seen: Vec<u32> = seen.iter().map(|token| *token as u32).collect();
+                    let seen: Vec<u32> = kept.iter().map(|token| *token as u32).collect();
                     rows.extend(self.row(&seen));
                 }
             }

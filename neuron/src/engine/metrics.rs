@@ -29,6 +29,13 @@ pub struct EngineMetrics {
     rejected: IntCounterVec,
     cancelled: IntCounterVec,
     preemptions: IntCounterVec,
+    cache_queries: IntCounterVec,
+    cache_hits: IntCounterVec,
+    snapshots_saved: IntCounterVec,
+    snapshots_evicted: IntCounterVec,
+    snapshot_bytes: IntGaugeVec,
+    blocks: IntGaugeVec,
+    blocks_used: IntGaugeVec,
     steps: HistogramVec,
     step_tokens: IntCounterVec,
 }
@@ -68,6 +75,20 @@ pub struct ModelMetrics {
     pub generation_tokens: IntCounter,
     /// Sequences set back to make room.
     pub preemptions: IntCounter,
+    /// Tokens of sequences that began, looked for among what others had left.
+    pub cache_queries: IntCounter,
+    /// Those of them that were found.
+    pub cache_hits: IntCounter,
+    /// States saved for others.
+    pub snapshots_saved: IntCounter,
+    /// Saved states let go.
+    pub snapshots_evicted: IntCounter,
+    /// What saved states hold.
+    pub snapshot_bytes: IntGauge,
+    /// Blocks of keys and values there can be.
+    pub blocks: IntGauge,
+    /// Blocks that hold something.
+    pub blocks_used: IntGauge,
 }
 
 const SECONDS: [f64; 16] = [
@@ -185,6 +206,35 @@ impl EngineMetrics {
                 "Sequences set back to make room for older ones.",
                 &["model"],
             ),
+            cache_queries: counter(
+                "neuron_prefix_cache_queries_total",
+                "Tokens of sequences that began, looked for among what others had left.",
+                &["model"],
+            ),
+            cache_hits: counter(
+                "neuron_prefix_cache_hits_total",
+                "Tokens of sequences that began that others had left, and were not computed again.",
+                &["model"],
+            ),
+            snapshots_saved: counter(
+                "neuron_snapshots_saved_total",
+                "States of sequences saved for others that begin alike.",
+                &["model"],
+            ),
+            snapshots_evicted: counter(
+                "neuron_snapshots_evicted_total",
+                "Saved states let go to make room.",
+                &["model"],
+            ),
+            snapshot_bytes: gauge("neuron_snapshot_bytes", "Bytes of saved states."),
+            blocks: gauge(
+                "neuron_kv_blocks",
+                "Blocks of keys and values there can be.",
+            ),
+            blocks_used: gauge(
+                "neuron_kv_blocks_used",
+                "Blocks of keys and values that hold something, of running sequences or for later ones.",
+            ),
             steps: seconds(
                 "neuron_step_seconds",
                 "One step of the model: decode, prefill or mixed.",
@@ -220,6 +270,13 @@ impl EngineMetrics {
             prompt_tokens: self.prompt_tokens.with_label_values(label),
             generation_tokens: self.generation_tokens.with_label_values(label),
             preemptions: self.preemptions.with_label_values(label),
+            cache_queries: self.cache_queries.with_label_values(label),
+            cache_hits: self.cache_hits.with_label_values(label),
+            snapshots_saved: self.snapshots_saved.with_label_values(label),
+            snapshots_evicted: self.snapshots_evicted.with_label_values(label),
+            snapshot_bytes: self.snapshot_bytes.with_label_values(label),
+            blocks: self.blocks.with_label_values(label),
+            blocks_used: self.blocks_used.with_label_values(label),
         }
     }
 }

@@ -4,6 +4,7 @@ pub mod admission;
 pub mod guide;
 pub mod metrics;
 pub mod plan;
+pub mod prefix;
 pub mod request;
 mod runner;
 pub mod sampler;
@@ -39,6 +40,8 @@ pub struct EngineConfig {
     pub admission: AdmissionLimits,
     /// Bounds on a step and on what runs.
     pub bounds: scheduler::Bounds,
+    /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
+    pub snapshot_bytes: u64,
     /// How long a reader may take nothing before its request is cut.
     pub stall_limit: Duration,
 }

@@ -25,6 +25,8 @@ pub struct Row {
     pub sample: bool,
     /// The logits of each of them are wanted, not of the last alone.
     pub every: bool,
+    /// The state after them is to be saved for others.
+    pub save: bool,
 }
 
 impl Plan {

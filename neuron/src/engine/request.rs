@@ -41,6 +41,10 @@ pub struct Request {
     pub score_prompt: bool,
     /// Lower begins earlier.
     pub priority: i64,
+    /// Where in the prompt its state is worth keeping for others, rising.
+    pub places: Vec<usize>,
+    /// Who else may go on from what it leaves: those with the same salt.
+    pub salt: Option<Arc<str>>,
     /// What becomes of them.
     pub output: Output,
     /// When its first byte was read: its times count from here.

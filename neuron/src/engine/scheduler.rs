@@ -7,6 +7,24 @@ use std::collections::VecDeque;
 /// Room a sequence must have beyond its prompt before it may begin, in tokens, so that it is not set back at once.
 const HEADROOM: usize = 64;
 
+/// Where the states of sequences are.
+pub trait Store {
+    /// Blocks of keys and values that a sequence of so many tokens holds.
+    fn blocks(&self, tokens: usize) -> usize;
+
+    /// Gives a sequence its state, with the effect of as many of its first tokens as others have left.
+    fn begin(&mut self, sequence: &Sequence) -> Begun;
+}
+
+/// The state of a sequence that begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Begun {
+    /// Tokens whose effect is in it; not all.
+    pub computed: usize,
+    /// A further place where it is to be saved.
+    pub save_at: Option<usize>,
+}
+
 /// Sequences in order of arrival, and the bounds on a step.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -23,8 +41,8 @@ pub struct Bounds {
     pub max_running: usize,
     /// Prompt tokens in one step, over all sequences.
     pub prefill_tokens: usize,
-    /// Bytes all states together may hold.
-    pub state_bytes: u64,
+    /// Blocks of keys and values all sequences together may hold.
+    pub blocks: usize,
 }
 
 impl Scheduler {
@@ -93,11 +111,9 @@ impl Scheduler {
     }
 
     /// Decides the next step: every sequence that writes, then pieces of prompts, oldest first, then new ones.
-    ///
-    /// `state_bytes` tells what the state of a sequence of so many tokens holds.
-    pub fn plan(&mut self, state_bytes: impl Fn(usize) -> u64) -> Plan {
+    pub fn plan(&mut self, store: &mut impl Store) -> Plan {
         let mut plan = Plan {
-            preempted: self.make_room(&state_bytes),
+            preempted: self.make_room(store),
             ..Plan::default()
         };
         let active = |sequence: &&Sequence| sequence.status == SequenceStatus::Running;
@@ -114,10 +130,15 @@ impl Scheduler {
                 plan.rows.push(row(sequence, piece));
             }
         }
-        while budget > 0 && plan.preempted.is_empty() && self.next_fits(&state_bytes) {
+        while budget > 0 && plan.preempted.is_empty() && self.next_fits(store) {
             let Some(mut sequence) = self.waiting.pop_front() else {
                 break;
             };
+            let begun = store.begin(&sequence);
+            sequence.computed = begun.computed;
+            if let Some(place) = begun.save_at {
+                sequence.save_at(place);
+            }
             sequence.status = SequenceStatus::Running;
             let piece = sequence.piece(budget);
             budget -= piece;
@@ -148,9 +169,9 @@ impl Scheduler {
 
     /// Sets the youngest back until what runs has room to grow by a token each. The oldest always stays:
     /// a model is loaded only where one sequence of full length fits.
-    fn make_room(&mut self, state_bytes: &impl Fn(usize) -> u64) -> Vec<SequenceId> {
+    fn make_room(&mut self, store: &impl Store) -> Vec<SequenceId> {
         let mut preempted = Vec::new();
-        while self.running.len() > 1 && self.held(state_bytes) > self.bounds.state_bytes {
+        while self.running.len() > 1 && self.held(store) > self.bounds.blocks {
             let Some(mut youngest) = self.running.pop() else {
                 break;
             };
@@ -162,24 +183,29 @@ impl Scheduler {
         preempted
     }
 
-    fn next_fits(&self, state_bytes: &impl Fn(usize) -> u64) -> bool {
+    fn next_fits(&self, store: &impl Store) -> bool {
         let Some(next) = self.waiting.front() else {
             return false;
         };
         if self.running.is_empty() {
             return true;
         }
-        let wanted = state_bytes(next.tokens.len() + HEADROOM);
+        // another answer to a prompt that is being computed goes on from what that one leaves
+        let twin = |other: &Sequence| {
+            other.remaining() > 1 && !next.every_logit && other.tokens == next.tokens
+        };
+        let wanted = store.blocks(next.tokens.len() + HEADROOM);
         self.running.len() < self.bounds.max_running
-            && self.held(state_bytes).saturating_add(wanted) <= self.bounds.state_bytes
+            && self.held(store) + wanted <= self.bounds.blocks
+            && !self.running.iter().any(twin)
     }
 
     /// What the running sequences will hold after this step, prompts counted whole.
-    fn held(&self, state_bytes: &impl Fn(usize) -> u64) -> u64 {
+    fn held(&self, store: &impl Store) -> usize {
         self.running
             .iter()
-            .map(|sequence| state_bytes(sequence.tokens.len() + 1))
-            .fold(0, u64::saturating_add)
+            .map(|sequence| store.blocks(sequence.tokens.len() + 1))
+            .sum()
     }
 }
 
@@ -189,6 +215,7 @@ fn row(sequence: &Sequence, count: usize) -> Row {
         sequence: sequence.id,
         sample: tokens.end == sequence.tokens.len(),
         every: sequence.every_logit,
+        save: sequence.places.contains(&tokens.end),
         tokens,
     }
 }
@@ -199,21 +226,21 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    fn scheduler(max_running: usize, prefill_tokens: usize, state_bytes: u64) -> Scheduler {
+    fn scheduler(max_running: usize, prefill_tokens: usize, blocks: usize) -> Scheduler {
         Scheduler::new(Bounds {
             max_running,
             prefill_tokens,
-            state_bytes,
+            blocks,
         })
     }
 
     fn add(scheduler: &mut Scheduler, id: u64, prompt: usize) {
-        scheduler.add(Sequence::new(SequenceId(id), vec![0; prompt]));
+        scheduler.add(Sequence::new(SequenceId(id), vec![id as u32; prompt]));
     }
 
     /// Plans and commits a step; each row as (sequence, tokens, sampled).
-    fn step(scheduler: &mut Scheduler, cost: fn(usize) -> u64) -> Vec<(u64, usize, bool)> {
-        let plan = scheduler.plan(cost);
+    fn step(scheduler: &mut Scheduler, mut store: Sized) -> Vec<(u64, usize, bool)> {
+        let plan = scheduler.plan(&mut store);
         let sampled: Vec<_> = plan
             .rows
             .iter()
@@ -227,8 +254,78 @@ mod tests {
             .collect()
     }
 
-    const FREE: fn(usize) -> u64 = |_| 0;
-    const PER_TOKEN: fn(usize) -> u64 = |tokens| tokens as u64;
+    /// So many blocks a token, always begun anew.
+    #[derive(Clone, Copy)]
+    struct Sized(usize);
+
+    impl Store for Sized {
+        fn blocks(&self, tokens: usize) -> usize {
+            self.0 * tokens
+        }
+
+        fn begin(&mut self, _: &Sequence) -> Begun {
+            Begun::default()
+        }
+    }
+
+    const FREE: Sized = Sized(0);
+    const PER_TOKEN: Sized = Sized(1);
+
+    /// Others have left the first tokens of every sequence.
+    struct Left(usize);
+
+    impl Store for Left {
+        fn blocks(&self, _: usize) -> usize {
+            0
+        }
+
+        fn begin(&mut self, _: &Sequence) -> Begun {
+            Begun {
+                computed: self.0,
+                save_at: Some(self.0 + 3),
+            }
+        }
+    }
+
+    #[test]
+    fn what_others_left_is_not_computed_and_steps_end_where_states_are_saved() {
+        let mut scheduler = scheduler(8, 10, 0);
+        scheduler.add(Sequence {
+            places: vec![2, 20],
+            ..Sequence::new(SequenceId(1), vec![0; 24])
+        });
+        let mut pieces = Vec::new();
+        for _ in 0..5 {
+            let plan = scheduler.plan(&mut Left(4));
+            let row = &plan.rows[0];
+            pieces.push((row.tokens.clone(), row.save, row.sample));
+            let sampled: &[_] = if row.sample {
+                &[(SequenceId(1), 1)]
+            } else {
+                &[]
+            };
+            scheduler.commit(&plan, sampled);
+        }
+        let expected = [
+            (4..7, true, false),
+            (7..17, false, false),
+            (17..20, true, false),
+            (20..24, false, true),
+            (24..25, false, true),
+        ];
+        assert_eq!(pieces, expected);
+    }
+
+    #[test]
+    fn a_second_answer_to_a_prompt_waits_until_the_prompt_is_computed_once() {
+        let mut scheduler = scheduler(8, 10, 0);
+        for id in [1, 2] {
+            scheduler.add(Sequence::new(SequenceId(id), vec![0; 15]));
+        }
+        assert_eq!(step(&mut scheduler, FREE), [(1, 10, false)]);
+        assert_eq!(step(&mut scheduler, FREE), [(1, 5, true)]);
+        assert_eq!(step(&mut scheduler, FREE), [(1, 1, true), (2, 10, false)]);
+    }
 
     #[test]
     fn those_that_write_come_first_and_prompts_share_what_is_left() {
@@ -254,10 +351,10 @@ mod tests {
         for (id, priority) in [(1, 0), (2, 5), (3, -5), (4, 0)] {
             scheduler.add(Sequence {
                 priority,
-                ..Sequence::new(SequenceId(id), vec![0; 2])
+                ..Sequence::new(SequenceId(id), vec![id as u32; 2])
             });
         }
-        let begun = scheduler.plan(FREE).started;
+        let begun = scheduler.plan(&mut FREE.clone()).started;
         assert_eq!(begun, [3, 1, 4, 2].map(SequenceId));
     }
 
@@ -294,16 +391,17 @@ mod tests {
             2,
             "10 + 1 and 10 + 64 fit in 100"
         );
-        let mut plan = scheduler.plan(PER_TOKEN);
+        let mut store = PER_TOKEN;
+        let mut plan = scheduler.plan(&mut store);
         while plan.preempted.is_empty() {
             let sampled: Vec<_> = plan.rows.iter().map(|row| (row.sequence, 1)).collect();
             scheduler.commit(&plan, &sampled);
-            plan = scheduler.plan(PER_TOKEN);
+            plan = scheduler.plan(&mut store);
         }
         assert_eq!(plan.preempted, [SequenceId(2)]);
         assert_eq!(scheduler.waiting_count(), 1);
         scheduler.remove(SequenceId(1));
-        let again = scheduler.plan(PER_TOKEN);
+        let again = scheduler.plan(&mut store);
         assert_eq!(again.started, [SequenceId(2)]);
         assert_eq!(
             again.rows[0].tokens.start, 0,
@@ -329,7 +427,7 @@ mod tests {
                     5 => scheduler.resume(SequenceId(rng.random_range(1..next + 2))),
                     _ => {}
                 }
-                let plan = scheduler.plan(PER_TOKEN);
+                let plan = scheduler.plan(&mut PER_TOKEN.clone());
                 let (_, reading) = plan.token_counts();
                 assert!(
                     reading <= 16 + scheduler.running_count(),

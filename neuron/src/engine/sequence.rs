@@ -1,5 +1,7 @@
 //! One request as the scheduler sees it: tokens and how far they are computed. No tensor, no text.
 
+use std::sync::Arc;
+
 /// Names a sequence within its engine; rises with arrival and is never used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
@@ -28,8 +30,12 @@ pub struct Sequence {
     pub status: SequenceStatus,
     /// Lower begins earlier.
     pub priority: i64,
-    /// The logits of each of its tokens are wanted: its prompt is to be scored.
+    /// The logits of each of its tokens are wanted: its prompt is to be scored, and nothing may be skipped.
     pub every_logit: bool,
+    /// Where its state is to be saved for others, rising: a step ends at each.
+    pub places: Vec<usize>,
+    /// What others must have in common with it, beside its beginning, to go on from what it leaves.
+    pub salt: Option<Arc<str>>,
 }
 
 /// Tokens of a scored prompt in one step: a row of logits is as long as the vocabulary, so few fit in memory.
@@ -47,6 +53,8 @@ impl Sequence {
             status: SequenceStatus::Waiting,
             priority: 0,
             every_logit: false,
+            places: Vec::new(),
+            salt: None,
         }
     }
 
@@ -64,6 +72,15 @@ impl Sequence {
         } else {
             usize::MAX
         };
-        self.remaining().min(budget).min(most)
+        let place = self.places.iter().find(|place| **place > self.computed);
+        let to_place = place.map_or(usize::MAX, |place| place - self.computed);
+        self.remaining().min(budget).min(most).min(to_place)
+    }
+
+    /// Adds a place where its state is to be saved.
+    pub fn save_at(&mut self, place: usize) {
+        if let Err(at) = self.places.binary_search(&place) {
+            self.places.insert(at, place);
+        }
     }
 }

@@ -35,9 +35,17 @@ fn config() -> EngineConfig {
         bounds: Bounds {
             max_running: 8,
             prefill_tokens: 16,
-            state_bytes: u64::MAX,
+            blocks: 1000,
         },
+        snapshot_bytes: 1 << 20,
         stall_limit: Duration::from_secs(3600),
+    }
+}
+
+impl EngineConfig {
+    fn with_nothing_kept(mut self) -> Self {
+        self.snapshot_bytes = 0;
+        self
     }
 }
 
@@ -78,6 +86,8 @@ impl Bench {
             guide: Guide::default(),
             score_prompt: false,
             priority: 0,
+            places: Vec::new(),
+            salt: None,
             output: Output::new(self.tokenizer.clone(), options),
             arrived: Instant::now(),
             deadline: Instant::now() + Duration::from_secs(3600),
@@ -163,7 +173,7 @@ async fn a_request_in_a_batch_gets_what_it_gets_alone() {
 async fn being_set_back_changes_no_text() {
     let reference = bench(Script::Hash);
     let mut tight = config();
-    tight.bounds.state_bytes = 160; // the fake's state holds a byte a token
+    tight.bounds.blocks = 10; // of 16 tokens
     let model = FakeModel::new(Script::Hash);
     let steps = model.steps.clone();
     let tight = bench_with(model, tight);
@@ -180,6 +190,149 @@ async fn being_set_back_changes_no_text() {
         steps.load(Ordering::SeqCst) > 110,
         "the second was set back"
     );
+}
+
+/// Runs a request to its end: its text and how much of its prompt was not computed again.
+async fn run(bench: &Bench, request: Request) -> (String, u64) {
+    let mut events = bench.engine.submit(request).unwrap();
+    let (text, end) = collect(&mut events).await;
+    (text, end.unwrap().usage.cached_tokens())
+}
+
+/// A request with these prompt tokens, that wants its state saved at `places`.
+fn of_tokens(bench: &Bench, prompt: &[u32], places: &[usize]) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        places: places.to_vec(),
+        ..bench.request("x", 20, warm(7))
+    }
+}
+
+#[tokio::test]
+async fn what_others_left_is_used_and_changes_no_text() {
+    let first: Vec<u32> = (10..110).collect();
+    let cold = config().with_nothing_kept();
+    for (places, shared, expected) in [
+        (&[40, 96][..], 100, 96), // the same again
+        (&[40, 96], 60, 40),      // only the head is the same
+        (&[40, 96], 39, 0),       // not even that
+        (&[33], 100, 33),
+    ] {
+        let second = [&first[..shared], &[200, 201, 202]].concat();
+        let reference = bench_with(FakeModel::new(Script::Hash), cold.clone());
+        let alone = run(&reference, of_tokens(&reference, &second, &[])).await;
+        assert_eq!(alone.1, 0, "nothing is kept");
+        let model = FakeModel::new(Script::Hash);
+        let rows = model.rows.clone();
+        let bench = bench_with(model, config());
+        assert_eq!(run(&bench, of_tokens(&bench, &first, places)).await.1, 0);
+        let before = rows.load(Ordering::SeqCst);
+        let warm = run(&bench, of_tokens(&bench, &second, &[])).await;
+        assert_eq!(warm, (alone.0, expected), "{shared} shared");
+        let computed = rows.load(Ordering::SeqCst) - before;
+        let new = second.len() - expected as usize;
+        assert_eq!(computed, new + 19, "new tokens and those written");
+    }
+}
+
+#[tokio::test]
+async fn the_next_turn_computes_only_what_is_new() {
+    let bench = bench(Script::Hash);
+    let prompt: Vec<u32> = (0..2000).map(|n| 10 + n % 300).collect();
+    let mut first = bench
+        .engine
+        .submit(of_tokens(&bench, &prompt, &[]))
+        .unwrap();
+    let (text, end) = collect(&mut first).await;
+    assert_eq!(end.unwrap().usage.completion_tokens, 20);
+    let answer = bench.tokenizer.encode(&text).unwrap();
+    // the last token of the answer was never computed, and text need not encode as it was sampled
+    let next = [&prompt[..], &answer, &[5; 30]].concat();
+    let (_, cached) = run(&bench, of_tokens(&bench, &next, &[])).await;
+    assert!(cached == 0 || cached == 2019, "{cached}");
+    let at_prompt = of_tokens(&bench, &prompt, &[1996]);
+    run(&bench, at_prompt).await;
+    let (_, cached) = run(&bench, of_tokens(&bench, &next, &[])).await;
+    assert!(cached >= 1996, "{cached}");
+}
+
+#[tokio::test]
+async fn where_prompts_part_a_state_is_saved_for_the_third() {
+    let bench = bench(Script::Hash);
+    let head: Vec<u32> = (10..90).collect();
+    let with = |tail: u32| [&head[..], &[tail; 30]].concat();
+    let mut cached = Vec::new();
+    for tail in 300..304 {
+        cached.push(run(&bench, of_tokens(&bench, &with(tail), &[])).await.1);
+    }
+    assert_eq!(cached, [0, 0, 80, 80]);
+}
+
+#[tokio::test]
+async fn who_has_another_salt_shares_nothing() {
+    let bench = bench(Script::Hash);
+    let prompt: Vec<u32> = (10..110).collect();
+    let salted = |salt: Option<&str>| Request {
+        salt: salt.map(Arc::from),
+        ..of_tokens(&bench, &prompt, &[99])
+    };
+    let mut cached = Vec::new();
+    for salt in [Some("a"), Some("b"), None, Some("a"), None] {
+        cached.push(run(&bench, salted(salt)).await.1);
+    }
+    assert_eq!(cached, [0, 0, 0, 99, 99]);
+}
+
+#[tokio::test]
+async fn several_answers_compute_their_prompt_once() {
+    let model = FakeModel::new(Script::Hash);
+    let rows = model.rows.clone();
+    let bench = bench_with(model, config());
+    let prompt: Vec<u32> = (10..110).collect();
+    let all: Vec<Events> = (0..4)
+        .map(|_| {
+            bench
+                .engine
+                .submit(of_tokens(&bench, &prompt, &[99]))
+                .unwrap()
+        })
+        .collect();
+    let mut cached = Vec::new();
+    for mut events in all {
+        cached.push(collect(&mut events).await.1.unwrap().usage.cached_tokens());
+    }
+    assert_eq!(cached, [0, 99, 99, 99]);
+    assert_eq!(rows.load(Ordering::SeqCst), 100 + 3 + 4 * 19);
+}
+
+#[tokio::test]
+async fn what_was_left_makes_room_for_what_runs() {
+    let mut tight = config();
+    tight.bounds.blocks = 20; // of 16 tokens
+    let reference = bench_with(FakeModel::new(Script::Hash), config().with_nothing_kept());
+    let bench = bench_with(FakeModel::new(Script::Hash), tight);
+    for round in 0..12 {
+        let prompts = [(round * 37) % 5, round % 3].map(|n| -> Vec<u32> {
+            let head: Vec<u32> = (0..60).map(|at| 10 + n * 60 + at).collect();
+            [&head[..], &[400 + round; 40]].concat()
+        });
+        let places = [50, 80];
+        let mut both = Vec::new();
+        for prompt in &prompts {
+            both.push(
+                bench
+                    .engine
+                    .submit(of_tokens(&bench, prompt, &places))
+                    .unwrap(),
+            );
+        }
+        for (prompt, mut events) in prompts.iter().zip(both) {
+            let alone = run(&reference, of_tokens(&reference, prompt, &[])).await;
+            let (text, end) = collect(&mut events).await;
+            end.unwrap();
+            assert_eq!(text, alone.0, "round {round}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -49,6 +49,8 @@ struct Life {
     sink: Sink,
     ticket: Ticket,
     prompt: u64,
+    /// Tokens of the prompt that were computed before it came.
+    cached: u64,
     max_tokens: u64,
     generated: u64,
     /// The score of each token of the prompt, where wanted and not given yet.
@@ -79,7 +81,12 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
-            runner: ModelRunner::new(model),
+            runner: ModelRunner::new(
+                model,
+                config.bounds.blocks,
+                config.snapshot_bytes,
+                metrics.clone(),
+            ),
             lives: HashMap::new(),
             mode: Mode::Serving,
             config,
@@ -135,6 +142,11 @@ impl Worker {
         self.metrics
             .step(decode, prefill, began.elapsed().as_secs_f64());
         self.scheduler.commit(&plan, &sampled);
+        for row in plan.rows.iter().filter(|row| row.save) {
+            if let Some(sequence) = self.scheduler.running(row.sequence) {
+                self.runner.keep(sequence);
+            }
+        }
         self.emit(&sampled);
         Ok(())
     }
@@ -174,6 +186,7 @@ impl Worker {
             sink,
             ticket,
             prompt: request.prompt.len() as u64,
+            cached: 0,
             max_tokens: request.max_tokens as u64,
             generated: 0,
             prompt_scores: request
@@ -194,13 +207,14 @@ impl Worker {
         self.scheduler.add(Sequence {
             priority: request.priority,
             every_logit: request.score_prompt,
+            places: request.places,
+            salt: request.salt,
             ..Sequence::new(id, request.prompt)
         });
     }
 
     fn plan(&mut self) -> Plan {
-        let runner = &self.runner;
-        let plan = self.scheduler.plan(|tokens| runner.state_bytes(tokens));
+        let plan = self.scheduler.plan(&mut self.runner);
         for id in &plan.preempted {
             self.runner.forget(*id);
             self.metrics.preemptions.inc();
@@ -212,6 +226,8 @@ impl Worker {
             };
             if life.clock.started.is_none() {
                 life.clock.started = Some(now);
+                let sequence = self.scheduler.running(*id);
+                life.cached = sequence.map_or(0, |sequence| sequence.computed as u64);
                 life.ticket.start();
                 self.metrics
                     .queue
@@ -285,7 +301,11 @@ impl Worker {
             match life.advance(token) {
                 Ok(Some(finish)) => {
                     life.finish = Some(finish);
-                    self.scheduler.remove(id);
+                    if let Some(sequence) = self.scheduler.remove(id)
+                        && !sequence.every_logit
+                    {
+                        self.runner.keep(&sequence);
+                    }
                     self.runner.forget(id);
                 }
                 Ok(None) => {}
@@ -353,6 +373,7 @@ impl Worker {
             model = self.config.id,
             finish = reason,
             prompt_tokens = life.prompt,
+            cached_tokens = life.cached,
             completion_tokens = life.generated,
             queue_ms = finish.timings.queue_ms,
             prefill_ms = finish.timings.prefill_ms,
@@ -556,8 +577,9 @@ impl Life {
             },
             stop_string,
             usage: Usage {
-                // Nothing is reused between requests.
-                prompt_tokens_details: Some(PromptTokensDetails { cached_tokens: 0 }),
+                prompt_tokens_details: Some(PromptTokensDetails {
+                    cached_tokens: self.cached,
+                }),
                 completion_tokens_details: Some(CompletionTokensDetails {
                     reasoning_tokens: self.output.reasoning_tokens(),
                 }),

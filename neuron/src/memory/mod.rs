@@ -1,29 +1,33 @@
 //! What sequences remember.
 
+pub mod pool;
+
+use pool::{BLOCK, Block, KvPool, KvShape};
+use std::sync::Arc;
+
 /// Everything a model remembers of one sequence, on the CPU in f32.
 ///
-/// It grows with the sequence only in its keys and values, and it cannot be cut back to an earlier position.
-#[derive(Debug, Clone)]
+/// Only its keys and values grow with the sequence. It cannot be cut back to an earlier position, but [`Snapshot`]s of
+/// it can be taken and gone on from.
+#[derive(Debug)]
 pub struct SequenceState {
     /// Tokens whose effect is in it.
     pub(crate) len: usize,
+    /// Tokens the drafting layer has taken in; it follows the others one token behind.
+    pub(crate) drafted: usize,
     pub(crate) layers: Vec<LayerState>,
+    /// Keys and values of all layers, [`BLOCK`] tokens each; the last ones may have room.
+    blocks: Vec<Arc<Block>>,
+    pool: KvPool,
 }
 
 /// What one layer remembers.
 #[derive(Debug, Clone)]
 pub(crate) enum LayerState {
-    /// Of full attention: keys and values.
-    Attention(KvCache),
+    /// Of full attention: keys and values, at this place in every block.
+    Attention(usize),
     /// Of the gated delta net: a convolution tail and the recurrent state.
     Delta(DeltaState),
-}
-
-/// Keys, after norm and rope, and values, by head: `(kv heads)(len, head_dim)`.
-#[derive(Debug, Clone)]
-pub(crate) struct KvCache {
-    pub(crate) keys: Vec<Vec<f32>>,
-    pub(crate) values: Vec<Vec<f32>>,
 }
 
 /// State of a gated delta net.
@@ -35,7 +39,23 @@ pub(crate) struct DeltaState {
     pub(crate) recurrent: Vec<f32>,
 }
 
+/// There are not as many free blocks as a step takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("no block of keys and values is free")]
+pub struct NoBlocks;
+
 impl SequenceState {
+    /// A state that has seen nothing, with keys and values in blocks of `pool`.
+    pub(crate) fn new(layers: Vec<LayerState>, pool: KvPool) -> Self {
+        Self {
+            len: 0,
+            drafted: 0,
+            layers,
+            blocks: Vec::new(),
+            pool,
+        }
+    }
+
     /// Tokens whose effect is in it.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -48,49 +68,213 @@ impl SequenceState {
         self.len == 0
     }
 
-    /// Bytes it holds now.
+    /// Keys and values so far.
+    #[must_use]
+    pub fn blocks(&self) -> &[Arc<Block>] {
+        &self.blocks
+    }
+
+    /// Blocks that [`Self::make_room`] would take from the pool.
+    #[must_use]
+    pub fn wanted_blocks(&self, rows: usize) -> usize {
+        let to = self.len + rows;
+        self.shared_blocks(self.len, to).count()
+            + KvShape::blocks(to).saturating_sub(self.blocks.len())
+    }
+
+    /// Sees to it that `rows` more tokens can be written: no block that somebody else reads is written to.
+    ///
+    /// # Errors
+    /// When the pool has too few blocks.
+    pub(crate) fn make_room(&mut self, rows: usize) -> Result<(), NoBlocks> {
+        self.make_room_between(self.len, self.len + rows)
+    }
+
+    /// As [`Self::make_room`], for the drafting layer.
+    ///
+    /// # Errors
+    /// When the pool has too few blocks.
+    pub(crate) fn make_room_for_drafts(&mut self, rows: usize) -> Result<(), NoBlocks> {
+        self.make_room_between(self.drafted, self.drafted + rows)
+    }
+
+    fn make_room_between(&mut self, from: usize, to: usize) -> Result<(), NoBlocks> {
+        for at in self.shared_blocks(from, to).collect::<Vec<_>>() {
+            self.blocks[at] = self.blocks[at].copied().ok_or(NoBlocks)?;
+        }
+        while self.blocks.len() < KvShape::blocks(to) {
+            self.blocks.push(self.pool.take().ok_or(NoBlocks)?);
+        }
+        Ok(())
+    }
+
+    /// Which blocks of the tokens from `from` to `to` somebody else holds too.
+    fn shared_blocks(&self, from: usize, to: usize) -> impl Iterator<Item = usize> {
+        let end = KvShape::blocks(to).min(self.blocks.len());
+        (from / BLOCK..end).filter(|at| Arc::strong_count(&self.blocks[*at]) > 1)
+    }
+
+    /// Keys of a place and head so far: `(tokens, dim)`.
+    #[must_use]
+    pub fn keys(&self, place: usize, head: usize) -> Vec<f32> {
+        let blocks = self.blocks.iter();
+        self.so_far(blocks.flat_map(|block| block.keys(place, head)))
+    }
+
+    /// Values of a place and head so far: `(tokens, dim)`.
+    #[must_use]
+    pub fn values(&self, place: usize, head: usize) -> Vec<f32> {
+        let blocks = self.blocks.iter();
+        self.so_far(blocks.flat_map(|block| block.values(place, head)))
+    }
+
+    fn so_far<'a>(&self, floats: impl Iterator<Item = &'a f32>) -> Vec<f32> {
+        let count = self.len * self.pool.shape().dim;
+        floats.take(count).copied().collect()
+    }
+
+    /// What the keys and values of one of its tokens are.
+    #[must_use]
+    pub fn kv_shape(&self) -> KvShape {
+        self.pool.shape()
+    }
+
+    /// Writes key and value of the token at `position`, for which [`Self::make_room`] has made room.
+    pub(crate) fn put(
+        &mut self,
+        place: (usize, usize),
+        position: usize,
+        key: &[f32],
+        value: &[f32],
+    ) {
+        Arc::get_mut(&mut self.blocks[position / BLOCK])
+            .expect("a block that is written to has one holder")
+            .put(place, position % BLOCK, key, value);
+    }
+
+    /// What is needed to go on from here, sharing the blocks.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let partial = (self.len % BLOCK > 0).then(|| self.blocks[self.len / BLOCK].clone());
+        Snapshot {
+            len: self.len,
+            drafted: self.drafted,
+            layers: self.layers.clone(),
+            partial,
+        }
+    }
+}
+
+/// The state of a sequence at one position, without its full blocks of keys and values.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    len: usize,
+    drafted: usize,
+    layers: Vec<LayerState>,
+    /// The block that is not full.
+    partial: Option<Arc<Block>>,
+}
+
+impl Snapshot {
+    /// Tokens whose effect is in it.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it is of a sequence that had not begun.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes it holds beside its block.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let floats: usize = self
             .layers
             .iter()
             .map(|layer| match layer {
-                LayerState::Attention(cache) => cache
-                    .keys
-                    .iter()
-                    .chain(&cache.values)
-                    .map(Vec::capacity)
-                    .sum(),
+                LayerState::Attention(_) => 0,
                 LayerState::Delta(state) => state.conv.len() + state.recurrent.len(),
             })
             .sum();
         4 * floats as u64
     }
 
-    /// The state of a fake model in tests: one layer, in which the fake keeps the tokens it has seen.
-    #[cfg(test)]
-    pub(crate) fn of_fake() -> Self {
-        let seen = DeltaState {
-            conv: Vec::new(),
-            recurrent: Vec::new(),
-        };
-        Self {
-            len: 0,
-            layers: vec![LayerState::Delta(seen)],
+    /// A sequence that goes on from here. `full` are the blocks before, all of them full.
+    #[must_use]
+    pub fn resume(&self, mut full: Vec<Arc<Block>>, pool: KvPool) -> SequenceState {
+        debug_assert_eq!(full.len(), self.len / BLOCK, "every full block is there");
+        full.extend(self.partial.clone());
+        SequenceState {
+            len: self.len,
+            drafted: self.drafted,
+            layers: self.layers.clone(),
+            blocks: full,
+            pool,
         }
     }
 }
 
-impl KvCache {
-    pub(crate) fn new(heads: usize) -> Self {
-        Self {
-            keys: vec![Vec::new(); heads],
-            values: vec![Vec::new(); heads],
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: KvShape = KvShape {
+        layers: 1,
+        heads: 1,
+        dim: 1,
+    };
+
+    fn write(state: &mut SequenceState, values: &[f32]) {
+        state.make_room(values.len()).unwrap();
+        for value in values {
+            state.put((0, 0), state.len, &[*value], &[*value]);
+            state.len += 1;
         }
     }
 
-    /// Tokens whose keys and values are in it, for heads of `head_dim`.
-    pub(crate) fn len(&self, head_dim: usize) -> usize {
-        self.keys[0].len() / head_dim
+    fn read(state: &SequenceState) -> Vec<f32> {
+        assert_eq!(state.keys(0, 0), state.values(0, 0));
+        state.keys(0, 0)
+    }
+
+    #[test]
+    fn those_who_go_on_from_a_snapshot_do_not_disturb_each_other() {
+        for cut in [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK] {
+            let pool = KvPool::new(SHAPE);
+            pool.set_capacity(100);
+            let head: Vec<f32> = (0..cut).map(|n| n as f32).collect();
+            let mut first = SequenceState::new(vec![LayerState::Attention(0)], pool.clone());
+            write(&mut first, &head);
+            let snapshot = first.snapshot();
+            let full = first.blocks()[..cut / BLOCK].to_vec();
+            let mut second = snapshot.resume(full, pool.clone());
+            write(&mut first, &[-1.0; 20]);
+            write(&mut second, &[-2.0; 20]);
+            assert_eq!(read(&first), [&head[..], &[-1.0; 20]].concat(), "{cut}");
+            assert_eq!(read(&second), [&head[..], &[-2.0; 20]].concat(), "{cut}");
+            drop((first, second, snapshot));
+            assert_eq!(pool.out(), 0, "{cut}");
+        }
+    }
+
+    #[test]
+    fn the_blocks_it_says_it_wants_are_those_it_takes() {
+        let pool = KvPool::new(SHAPE);
+        pool.set_capacity(1000);
+        let mut state = SequenceState::new(vec![LayerState::Attention(0)], pool.clone());
+        let mut kept = Vec::new();
+        for rows in [1, 3, 12, 1, 40, 16, 7] {
+            for shared in [false, true] {
+                if shared {
+                    kept.push(state.snapshot());
+                }
+                let (wanted, before) = (state.wanted_blocks(rows), pool.out());
+                write(&mut state, &vec![0.0; rows]);
+                assert_eq!(pool.out() - before, wanted, "{rows} rows");
+            }
+        }
     }
 }

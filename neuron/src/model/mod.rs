@@ -8,7 +8,8 @@ pub mod qwen3_5;
 
 pub use batch::{Batch, LogitRows, Segment};
 
-use crate::memory::SequenceState;
+use crate::memory::pool::KvPool;
+use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{Communicator, Solo};
 use crate::quant::Format;
 use crate::weights::{Fault, Weights};
@@ -36,11 +37,11 @@ pub trait CausalLm: Send {
     /// Bytes one sequence's state holds at `tokens` tokens.
     fn state_bytes(&self, tokens: usize) -> u64;
 
+    /// Where the keys and values of all its sequences lie.
+    fn pool(&self) -> &KvPool;
+
     /// The state of a sequence that has not begun.
-    ///
-    /// # Errors
-    /// When the device has no room for it.
-    fn new_state(&self) -> Result<SequenceState, ModelError>;
+    fn new_state(&self) -> SequenceState;
 
     /// Runs the rows of `batch`, advancing the state of each segment by its rows.
     ///
@@ -184,6 +185,9 @@ pub enum ModelError {
     /// The device or its library refused an operation.
     #[error("device fault: {0}")]
     Device(#[from] candle_core::Error),
+    /// More tokens than the blocks of the pool hold.
+    #[error(transparent)]
+    NoBlocks(#[from] NoBlocks),
 }
 
 /// A model folder could not be loaded.

@@ -34,6 +34,10 @@ const STALL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Share of the free memory that states may take: the rest is for activations and everything else on the host.
 const STATE_SHARE: f64 = 0.9;
+/// What is kept of ended sequences takes as much again as the running ones can, and no more.
+const KEPT: u64 = 2;
+/// Share of that memory that saved recurrent states may take; the rest is for keys and values.
+const SNAPSHOT_SHARE: u64 = 4;
 
 /// Reads a model: [`model::load`], or a fake in tests.
 pub type Loader =
@@ -381,11 +385,13 @@ impl Shared {
             progress.store(share.to_bits(), Ordering::Relaxed);
         })?;
         let context_length = model.context_length();
-        let state_bytes = devices::free_bytes(&device)
-            .map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
-        preflight::check_context(&folder, context_length, state_bytes, |tokens| {
+        let free = devices::free_bytes(&device);
+        let free = free.map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
+        let free = free.min(self.limits.state_bytes.unwrap_or(u64::MAX));
+        preflight::check_context(&folder, context_length, free, |tokens| {
             model.state_bytes(tokens)
         })?;
+        let (max_running, blocks, snapshot_bytes) = self.share(&*model, free);
         let weight_bytes = model.weight_bytes();
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
@@ -395,10 +401,11 @@ impl Shared {
                 max_prompt_tokens: self.limits.max_queued_prompt_tokens,
             },
             bounds: Bounds {
-                max_running: self.limits.max_running,
+                max_running,
                 prefill_tokens: self.limits.prefill_chunk_tokens,
-                state_bytes,
+                blocks,
             },
+            snapshot_bytes,
             stall_limit: STALL_LIMIT,
         };
         let metrics = self.engine_metrics.of(&wanted.id);
@@ -411,6 +418,27 @@ impl Shared {
             devices: vec![devices::id_of(&device)],
             created: unix_seconds(),
         })
+    }
+
+    /// Shares the `free` memory for states out, of which one sequence of full length takes all at the most: how many
+    /// sequences may run, on how many blocks, and bytes of saved states.
+    fn share(&self, model: &dyn CausalLm, free: u64) -> (usize, usize, u64) {
+        let fixed = model.state_bytes(0).max(1);
+        let longest = model.state_bytes(model.context_length());
+        let most = longest.saturating_mul(self.limits.max_running as u64);
+        let all = most.saturating_mul(KEPT).min(free);
+        let snapshots = (all / SNAPSHOT_SHARE).min(all - longest);
+        let left = all - snapshots;
+        let running = usize::try_from(1 + (left - longest) / fixed).unwrap_or(usize::MAX);
+        let running = running.min(self.limits.max_running);
+        let block_bytes = (4 * model.pool().shape().block_floats() as u64).max(1);
+        let blocks = (left - running as u64 * fixed) / block_bytes;
+        let kept = if self.limits.prefix_cache {
+            snapshots
+        } else {
+            0
+        };
+        (running, usize::try_from(blocks).unwrap_or(usize::MAX), kept)
     }
 
     fn forget(&self, id: &str, load: u64) {

@@ -2,9 +2,10 @@
 
 use super::Pass;
 use super::config::Config;
-use crate::kernels::attention::attention;
+use crate::kernels::attention::{Cache, attention};
 use crate::kernels::{sigmoid, with_f32};
-use crate::memory::{KvCache, LayerState};
+use crate::memory::LayerState;
+use crate::memory::pool::KvShape;
 use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
 use crate::model::layers::norm::RmsNorm;
@@ -70,21 +71,28 @@ impl Attention {
         let (q_row, kv_row) = (self.heads * dim, self.kv_heads * dim);
         let mut attended = Vec::with_capacity(queries.len());
         for segment in &pass.batch.segments {
-            let LayerState::Attention(cache) = &mut pass.states[segment.state].layers[layer] else {
+            let start = pass.starts[segment.state]; // positions count from 0 in each sequence
+            let state = &mut *pass.states[segment.state];
+            let LayerState::Attention(place) = state.layers[layer] else {
                 candle_core::bail!("layer {layer} keeps keys and values, its state does not");
             };
-            let start = cache.len(dim); // positions count from 0 in each sequence
             for (offset, row) in segment.rows.clone().enumerate() {
+                let position = start + offset;
                 self.rope
-                    .rotate(&mut queries[row * q_row..][..q_row], dim, start + offset);
+                    .rotate(&mut queries[row * q_row..][..q_row], dim, position);
                 self.rope
-                    .rotate(&mut keys[row * kv_row..][..kv_row], dim, start + offset);
+                    .rotate(&mut keys[row * kv_row..][..kv_row], dim, position);
                 for head in 0..self.kv_heads {
-                    let at = row * kv_row + head * dim;
-                    cache.keys[head].extend_from_slice(&keys[at..at + dim]);
-                    cache.values[head].extend_from_slice(&values[at..at + dim]);
+                    let own = row * kv_row + head * dim..row * kv_row + (head + 1) * dim;
+                    state.put((place, head), position, &keys[own.clone()], &values[own]);
                 }
             }
+            let cache = Cache {
+                blocks: state.blocks(),
+                layer: place,
+                len: start + segment.rows.len(),
+                kv_heads: self.kv_heads,
+            };
             let own = segment.rows.start * q_row..segment.rows.end * q_row;
             attended.extend(attention(&queries[own], cache, self.heads, dim)); // (rows, heads, d)
         }
@@ -107,11 +115,12 @@ impl Attention {
         (queries, gates)
     }
 
-    pub(super) fn new_state(&self) -> LayerState {
-        LayerState::Attention(KvCache::new(self.kv_heads))
-    }
-
-    pub(super) fn state_floats(&self, tokens: usize) -> usize {
-        2 * tokens * self.kv_heads * self.head_dim
+    /// What it keeps of a token, as the only layer.
+    pub(super) fn kv_shape(&self) -> KvShape {
+        KvShape {
+            layers: 1,
+            heads: self.kv_heads,
+            dim: self.head_dim,
+        }
     }
 }

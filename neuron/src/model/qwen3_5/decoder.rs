@@ -7,6 +7,7 @@ use super::gated_delta_net::GatedDeltaNet;
 use super::mlp::Mlp;
 use super::moe::SparseMoeBlock;
 use crate::memory::LayerState;
+use crate::memory::pool::KvShape;
 use crate::model::LoadError;
 use crate::model::layers::norm::RmsNorm;
 use crate::weights::Weights;
@@ -87,17 +88,29 @@ impl DecoderLayer {
             }
     }
 
-    pub(super) fn new_state(&self) -> LayerState {
+    /// What it remembers of a sequence that has not begun. `place` counts the layers with keys and values.
+    pub(super) fn new_state(&self, place: &mut usize) -> LayerState {
         match &self.mixer {
-            Mixer::Full(attention) => attention.new_state(),
+            Mixer::Full(_) => {
+                *place += 1;
+                LayerState::Attention(*place - 1)
+            }
             Mixer::Linear(delta_net) => delta_net.new_state(),
         }
     }
 
-    /// Numbers its state holds at `tokens` tokens.
-    pub(super) fn state_floats(&self, tokens: usize) -> usize {
+    /// What it keeps of each token, where it keeps keys and values.
+    pub(super) fn kv_shape(&self) -> Option<KvShape> {
         match &self.mixer {
-            Mixer::Full(attention) => attention.state_floats(tokens),
+            Mixer::Full(attention) => Some(attention.kv_shape()),
+            Mixer::Linear(_) => None,
+        }
+    }
+
+    /// Numbers its state holds however long the sequence is.
+    pub(super) fn state_floats(&self) -> usize {
+        match &self.mixer {
+            Mixer::Full(_) => 0,
             Mixer::Linear(delta_net) => delta_net.state_floats(),
         }
     }

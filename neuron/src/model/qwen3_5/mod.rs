@@ -4,6 +4,7 @@ use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
 use super::{Batch, CausalLm, LoadError, LoadOptions, ModelError, Seen};
 use crate::memory::SequenceState;
+use crate::memory::pool::{KvPool, KvShape};
 use crate::weights::Weights;
 use candle_core::{Device, Result, Tensor};
 use config::Config;
@@ -22,6 +23,8 @@ mod mtp;
 struct Pass<'a, 's> {
     batch: &'a Batch,
     states: &'a mut [&'s mut SequenceState],
+    /// Where the rows of each state begin in its sequence.
+    starts: Vec<usize>,
     probe: &'a mut dyn FnMut(Seen, &Tensor),
 }
 
@@ -34,6 +37,7 @@ pub struct Qwen3_5ForCausalLm {
     norm: RmsNorm,
     lm_head: ParallelLmHead,
     mtp: Option<MultiTokenPredictor>,
+    pool: KvPool,
     weight_bytes: u64,
     device: Device,
 }
@@ -61,7 +65,7 @@ impl Qwen3_5ForCausalLm {
             .iter()
             .enumerate()
             .map(|(index, layer)| DecoderLayer::load(&config, *layer, &text.pp("layers").pp(index)))
-            .collect::<std::result::Result<_, _>>()?;
+            .collect::<std::result::Result<Vec<_>, _>>()?;
         let norm = RmsNorm::load(&text, "norm", hidden, config.rms_norm_eps)?;
         let lm_head = if config.tie_word_embeddings || !weights.has("lm_head.weight") {
             embed_tokens.tied_head()
@@ -74,7 +78,10 @@ impl Qwen3_5ForCausalLm {
             None
         };
         let weight_bytes = weights.finish(&["model.visual.", "mtp."])?;
+        let kept = layers.iter().filter_map(DecoderLayer::kv_shape);
+        let kept = kept.chain(mtp.iter().filter_map(MultiTokenPredictor::kv_shape));
         Ok(Self {
+            pool: KvPool::new(together(kept)),
             config,
             embed_tokens,
             layers,
@@ -120,6 +127,31 @@ impl Qwen3_5ForCausalLm {
         self.lm_head.forward(&x) // (wanted, vocab)
     }
 
+    fn draft_after(
+        &self,
+        mtp: &MultiTokenPredictor,
+        batch: &Batch,
+        hidden: &Tensor,
+        states: &mut [&mut SequenceState],
+    ) -> std::result::Result<Tensor, ModelError> {
+        let starts = states.iter().map(|state| state.drafted).collect();
+        for segment in &batch.segments {
+            states[segment.state].make_room_for_drafts(segment.rows.len())?;
+        }
+        let probe = &mut |_, _: &Tensor| {};
+        let mut pass = Pass {
+            batch,
+            states,
+            starts,
+            probe,
+        };
+        let drafts = self.run_draft(mtp, hidden, &mut pass)?;
+        for segment in &batch.segments {
+            states[segment.state].drafted += segment.rows.len();
+        }
+        Ok(drafts)
+    }
+
     /// The rows of `hidden` that need logits.
     fn wanted(&self, hidden: Tensor, batch: &Batch) -> Result<Tensor> {
         let wanted = batch.logit_rows();
@@ -148,18 +180,21 @@ impl CausalLm for Qwen3_5ForCausalLm {
     }
 
     fn state_bytes(&self, tokens: usize) -> u64 {
-        let layers = self.layers.iter().map(|layer| layer.state_floats(tokens));
-        let drafts = self.mtp.iter().map(|mtp| mtp.state_floats(tokens));
-        4 * layers.chain(drafts).sum::<usize>() as u64
+        let fixed: usize = self.layers.iter().map(DecoderLayer::state_floats).sum();
+        let blocks = KvShape::blocks(tokens) * self.pool.shape().block_floats();
+        4 * (fixed + blocks) as u64
     }
 
-    fn new_state(&self) -> std::result::Result<SequenceState, ModelError> {
-        let layers = self.layers.iter().map(DecoderLayer::new_state);
-        let drafts = self.mtp.iter().map(MultiTokenPredictor::new_state);
-        Ok(SequenceState {
-            len: 0,
-            layers: layers.chain(drafts).collect(),
-        })
+    fn pool(&self) -> &KvPool {
+        &self.pool
+    }
+
+    fn new_state(&self) -> SequenceState {
+        let mut place = 0;
+        let layers = self.layers.iter().map(|layer| layer.new_state(&mut place));
+        let mut layers: Vec<_> = layers.collect();
+        layers.extend(self.mtp.iter().map(|mtp| mtp.new_state(&mut place)));
+        SequenceState::new(layers, self.pool.clone())
     }
 
     fn forward_probed(
@@ -168,9 +203,14 @@ impl CausalLm for Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
         probe: &mut dyn FnMut(Seen, &Tensor),
     ) -> std::result::Result<Tensor, ModelError> {
+        let starts = states.iter().map(|state| state.len).collect();
+        for segment in &batch.segments {
+            states[segment.state].make_room(segment.rows.len())?;
+        }
         Ok(self.run(&mut Pass {
             batch,
             states,
+            starts,
             probe,
         })?)
     }
@@ -182,12 +222,19 @@ impl CausalLm for Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
     ) -> Option<std::result::Result<Tensor, ModelError>> {
         let mtp = self.mtp.as_ref()?;
-        let probe = &mut |_, _: &Tensor| {};
-        let mut pass = Pass {
-            batch,
-            states,
-            probe,
-        };
-        Some(self.run_draft(mtp, hidden, &mut pass).map_err(Into::into))
+        Some(self.draft_after(mtp, batch, hidden, states))
     }
+}
+
+/// What all of `layers` keep of a token; every layer of the family keeps the same.
+fn together(layers: impl Iterator<Item = KvShape>) -> KvShape {
+    let nothing = KvShape {
+        layers: 0,
+        heads: 0,
+        dim: 0,
+    };
+    layers.fold(nothing, |sum, layer| KvShape {
+        layers: sum.layers + 1,
+        ..layer
+    })
 }

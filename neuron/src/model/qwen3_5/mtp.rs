@@ -4,6 +4,7 @@ use super::Pass;
 use super::config::{Config, Layer, LayerKind};
 use super::decoder::DecoderLayer;
 use crate::memory::LayerState;
+use crate::memory::pool::KvShape;
 use crate::model::LoadError;
 use crate::model::layers::linear::ReplicatedLinear;
 use crate::model::layers::norm::RmsNorm;
@@ -58,12 +59,13 @@ impl MultiTokenPredictor {
         self.norm.forward(&self.layer.forward(&x, index, pass)?)
     }
 
-    pub(super) fn new_state(&self) -> LayerState {
-        self.layer.new_state()
+    /// What it remembers of a sequence that has not begun; `place` as for the model's own layers.
+    pub(super) fn new_state(&self, place: &mut usize) -> LayerState {
+        self.layer.new_state(place)
     }
 
-    /// Numbers its state holds at `tokens` tokens.
-    pub(super) fn state_floats(&self, tokens: usize) -> usize {
-        self.layer.state_floats(tokens)
+    /// What it keeps of each token.
+    pub(super) fn kv_shape(&self) -> Option<KvShape> {
+        self.layer.kv_shape()
     }
 }

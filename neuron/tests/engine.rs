@@ -1,0 +1,227 @@
+//! Real models through the engine: an answer does not depend on who else is served, on what was kept of others, on how a
+//! prompt was cut, or on having been set back.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use candle_core::{Device, safetensors};
+use neuron::engine::admission::AdmissionLimits;
+use neuron::engine::guide::Guide;
+use neuron::engine::metrics::EngineMetrics;
+use neuron::engine::request::{Event, Events, Request};
+use neuron::engine::sampler::{SamplingFields, SamplingParams};
+use neuron::engine::scheduler::Bounds;
+use neuron::engine::{Engine, EngineConfig};
+use neuron::model::{self, CausalLm, LoadOptions};
+use neuron::text::output::{Delta, Output, OutputOptions};
+use neuron::text::tokenizer::Tokenizer;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const FIXTURES: [&str; 6] = [
+    "qwen3_5_text",
+    "qwen3_5_vl_tied",
+    "qwen3_5_moe_vl",
+    "qwen3_next_moe",
+    "qwen3_next_dense",
+    "demo",
+];
+/// Tokens of every answer.
+const ANSWER: usize = 12;
+/// Of log probabilities.
+const TOLERANCE: f32 = 1e-3;
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn fixture(name: &str) -> PathBuf {
+    root().join("tests/fixtures/models").join(name)
+}
+
+fn load(name: &str) -> Box<dyn CausalLm> {
+    let folder = match name {
+        "demo" => root().join("neuron/demo"),
+        name => fixture(name),
+    };
+    model::load(&folder, &LoadOptions::cpu(), &|_| {}).unwrap()
+}
+
+/// Prompts of several conversations that begin alike, the later turns of some of them, and some twice.
+fn prompts(name: &str) -> Vec<Vec<u32>> {
+    let golden = safetensors::load(fixture(name).join("golden.safetensors"), &Device::Cpu).unwrap();
+    let ids = golden
+        .iter()
+        .filter(|(key, _)| key.ends_with("/input_ids"))
+        .map(|(_, ids)| ids.to_dtype(candle_core::DType::U32).unwrap())
+        .max_by_key(|ids| ids.dim(0).unwrap())
+        .unwrap();
+    let ids: Vec<u32> = ids.to_vec1().unwrap();
+    let long: Vec<u32> = ids.iter().cycle().take(90).copied().collect();
+    let part = |from: usize, to: usize| long[from..to].to_vec();
+    vec![
+        part(0, 65),
+        part(0, 90),
+        [part(0, 65), part(3, 20)].concat(),
+        part(0, 65),
+        [part(0, 40), part(50, 80)].concat(),
+        [part(0, 40), part(10, 55)].concat(),
+        part(20, 21),
+        [part(0, 65), part(3, 20), part(30, 50)].concat(),
+    ]
+}
+
+struct Serving {
+    max_running: usize,
+    prefill_tokens: usize,
+    /// Blocks of keys and values, if not more than enough.
+    blocks: Option<usize>,
+    /// Saved states, so many of them.
+    snapshots: u64,
+}
+
+/// Starts the model as `serving` says, runs `order` of the prompts one after another or all at once, and gives the answers
+/// in the order of the prompts: each token with its log probability.
+async fn answers(
+    name: &str,
+    serving: &Serving,
+    order: &[usize],
+    at_once: bool,
+    temperature: f64,
+) -> (Vec<Vec<(u32, f32)>>, u64) {
+    let model = load(name);
+    let config = EngineConfig {
+        id: name.into(),
+        vocab: 400,
+        admission: AdmissionLimits {
+            max_waiting: 100,
+            max_prompt_tokens: 100_000,
+        },
+        bounds: Bounds {
+            max_running: serving.max_running,
+            prefill_tokens: serving.prefill_tokens,
+            blocks: serving.blocks.unwrap_or(10_000),
+        },
+        snapshot_bytes: serving.snapshots * model.state_bytes(0),
+        stall_limit: Duration::from_secs(3600),
+    };
+    let metrics = EngineMetrics::register(&prometheus::Registry::new()).of(name);
+    let engine = Engine::start(model, config, metrics).unwrap();
+    let tokenizer = fixture("qwen3_5_text").join("tokenizer.json");
+    let tokenizer = Arc::new(Tokenizer::load(&tokenizer).unwrap());
+    let prompts = prompts(name);
+    let submit = |index: usize| {
+        let request = Request {
+            id: "test".into(),
+            prompt: prompts[index].clone(),
+            max_tokens: ANSWER,
+            sampling: sampling(temperature, index as u64),
+            ends: Vec::new(),
+            guide: Guide::default(),
+            score_prompt: false,
+            priority: 0,
+            places: vec![40, 62],
+            salt: None,
+            output: Output::new(tokenizer.clone(), OutputOptions::default()),
+            arrived: Instant::now(),
+            deadline: Instant::now() + Duration::from_secs(3600),
+        };
+        engine.submit(request).unwrap()
+    };
+    let mut all = vec![Vec::new(); prompts.len()];
+    let mut cached = 0;
+    if at_once {
+        let events: Vec<_> = order.iter().map(|index| submit(*index)).collect();
+        for (index, events) in order.iter().zip(events) {
+            all[*index] = read(events, &mut cached).await;
+        }
+    } else {
+        for index in order {
+            all[*index] = read(submit(*index), &mut cached).await;
+        }
+    }
+    engine.drain(Duration::from_secs(60)).await;
+    (all, cached)
+}
+
+fn sampling(temperature: f64, seed: u64) -> SamplingParams {
+    let fields = SamplingFields {
+        temperature,
+        seed,
+        logprobs: Some(0),
+        ..SamplingFields::default()
+    };
+    fields.checked().unwrap()
+}
+
+async fn read(mut events: Events, cached: &mut u64) -> Vec<(u32, f32)> {
+    let mut tokens = Vec::new();
+    while let Some(event) = events.next().await {
+        match event {
+            Event::Delta(Delta::Scored(scored)) => tokens.push((scored.token, scored.logprob)),
+            Event::Delta(_) => {}
+            Event::End(end) => *cached += end.unwrap().usage.cached_tokens(),
+        }
+    }
+    assert_eq!(tokens.len(), ANSWER);
+    tokens
+}
+
+fn assert_equal(found: &[Vec<(u32, f32)>], expected: &[Vec<(u32, f32)>], what: &str) {
+    for (prompt, (found, expected)) in found.iter().zip(expected).enumerate() {
+        for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+            assert!(
+                found.0 == expected.0 && (found.1 - expected.1).abs() <= TOLERANCE,
+                "{what}: token {at} of prompt {prompt} is {found:?}, not {expected:?}"
+            );
+        }
+    }
+}
+
+const FORWARDS: [usize; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+const OTHERWISE: [usize; 8] = [7, 5, 3, 1, 6, 4, 2, 0];
+
+#[tokio::test]
+async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others_left() {
+    for name in FIXTURES {
+        for temperature in [0.0, 0.8] {
+            let alone = Serving {
+                max_running: 1,
+                prefill_tokens: 1000,
+                blocks: None,
+                snapshots: 0,
+            };
+            let (expected, cached) = answers(name, &alone, &FORWARDS, false, temperature).await;
+            assert_eq!(cached, 0);
+            for (what, order, at_once, serving) in [
+                ("in turn, warm", FORWARDS, false, (8, 1000, None, 100)),
+                (
+                    "in another order, warm",
+                    OTHERWISE,
+                    false,
+                    (8, 9, None, 100),
+                ),
+                ("few states are kept", FORWARDS, false, (8, 64, None, 2)),
+                ("at once", FORWARDS, true, (8, 7, None, 100)),
+                ("at once, nothing kept", OTHERWISE, true, (3, 33, None, 0)),
+                ("with little room", OTHERWISE, true, (8, 16, Some(14), 5)),
+            ] {
+                let (max_running, prefill_tokens, blocks, snapshots) = serving;
+                let serving = Serving {
+                    max_running,
+                    prefill_tokens,
+                    blocks,
+                    snapshots,
+                };
+                let (found, cached) = answers(name, &serving, &order, at_once, temperature).await;
+                let what = format!("{name} at temperature {temperature}, {what}");
+                assert_equal(&found, &expected, &what);
+                assert_eq!(
+                    cached > 0,
+                    snapshots > 0,
+                    "{what}: {cached} tokens were cached"
+                );
+            }
+        }
+    }
+}
