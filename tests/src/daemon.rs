@@ -226,6 +226,23 @@ impl Cortex {
         .await
     }
 
+    /// Kills it without a word and starts another one in its place.
+    pub async fn replace(&mut self) {
+        self.daemon.child.kill().await.unwrap();
+        let file = self.folder.path().join("cortex.toml");
+        self.daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
+        self.daemon.line("API on").await;
+    }
+
+    /// Files and sockets that it has open.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        let pid = self.daemon.child.id().unwrap();
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count()
+    }
+
     /// The folder of its configuration.
     #[must_use]
     pub fn folder(&self) -> &Path {

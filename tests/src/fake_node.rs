@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 
@@ -35,6 +36,10 @@ pub enum Script {
     Stepped(Vec<String>),
     /// No answer at all until the client goes.
     Silent,
+    /// What no node should say, with status 200.
+    Nonsense(String),
+    /// So many at a time, each taking so long; more are refused with 429.
+    Limited(usize, Duration),
 }
 
 /// How it loads models.
@@ -360,6 +365,21 @@ async fn exchange(
         Script::Tear(events) => stream(events, guard, End::Torn, Some(step)),
         Script::Hang(events) => stream(events, guard, End::Never, None),
         Script::Stepped(events) => stream(events, guard, End::Well, Some(step)),
+        Script::Nonsense(text) => {
+            guard.end();
+            text.into_response()
+        }
+        Script::Limited(places, time) => {
+            let open = shared.lock().unwrap().open;
+            if open > places {
+                guard.end();
+                let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
+                return (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response();
+            }
+            tokio::time::sleep(time).await; // the work that it does
+            guard.end();
+            axum::Json(answer(&model, &name)).into_response()
+        }
         Script::Silent => {
             let _guard = guard;
             std::future::pending().await

@@ -5,7 +5,7 @@
 use futures::future::join_all;
 use reqwest::StatusCode;
 use serde_json::json;
-use tests::daemon::Cortex;
+use tests::daemon::{Cortex, free_address, root};
 use tests::fake_node::{FakeNode, Script, words};
 use tests::until;
 
@@ -180,4 +180,58 @@ async fn sigquit_without_a_successor_changes_nothing() {
     let request = json!({"model": "m", "messages": []});
     let (status, _) = cortex.ask("/v1/chat/completions", &request).await;
     assert_eq!(status, StatusCode::OK);
+}
+
+/// The certificate that is shown at `address`, as it is sent.
+async fn shown(address: std::net::SocketAddr, trusted: &[&std::path::Path]) -> Option<Vec<u8>> {
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+    let mut roots = RootCertStore::empty();
+    for path in trusted {
+        roots.add(CertificateDer::from_pem_file(path).ok()?).ok()?;
+    }
+    let config = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let stream = tokio::net::TcpStream::connect(address).await.ok()?;
+    let name = ServerName::try_from("localhost").ok()?;
+    let stream = connector.connect(name, stream).await.ok()?;
+    let chain = stream.get_ref().1.peer_certificates()?;
+    Some(chain[0].to_vec())
+}
+
+#[tokio::test]
+async fn a_certificate_is_changed_while_the_gateway_runs_and_a_bad_one_is_not_taken() {
+    let fixtures = root().join("tests/fixtures/tls");
+    let folder = tempfile::tempdir().unwrap();
+    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| folder.path().join(name));
+    for (from, to) in [("certificate.pem", &certificate), ("key.pem", &key)] {
+        std::fs::copy(fixtures.join(from), to).unwrap();
+    }
+    let address = free_address();
+    let extra = format!(
+        "[tls]\nlisten = \"{address}\"\ncertificate = \"{}\"\nkey = \"{}\"",
+        certificate.display(),
+        key.display()
+    );
+    let node = FakeNode::start("a").await.holding("m", 100);
+    let nodes = [("a", node.address)];
+    let mut cortex = Cortex::start(&nodes, "", &extra).await;
+    let [old, new] = ["certificate.pem", "next_certificate.pem"].map(|name| fixtures.join(name));
+    let trusted = [&*old, &*new];
+    let first = until("TLS is spoken", || shown(address, &trusted)).await;
+    std::fs::copy(&new, &certificate).unwrap();
+    let said = cortex.reload(&nodes, "", &extra).await;
+    assert!(
+        said.contains("not reloaded"),
+        "its key is that of the old one: {said}"
+    );
+    assert_eq!(shown(address, &trusted).await, Some(first.clone()));
+    std::fs::copy(fixtures.join("next_key.pem"), &key).unwrap();
+    let said = cortex.reload(&nodes, "", &extra).await;
+    assert!(said.contains("configuration reloaded"), "{said}");
+    let second = shown(address, &trusted).await;
+    assert!(second.is_some() && second != Some(first));
 }

@@ -74,10 +74,9 @@ fn path_of(request: &Request) -> Path {
     let mut path = Path::new(request.exchange.model());
     // a body that is no request is the node's to refuse
     if let Ok(prompt) = serde_json::from_slice::<Prompt<'_>>(&request.body) {
-        for part in [prompt.tools, prompt.messages, prompt.prompt] {
-            if let Some(part) = part {
-                path.push(part.get().as_bytes());
-            }
+        let parts = [prompt.tools, prompt.messages, prompt.prompt];
+        for part in parts.into_iter().flatten() {
+            path.push(part.get().as_bytes());
         }
     }
     path

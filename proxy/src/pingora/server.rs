@@ -74,10 +74,7 @@ pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
     if upgrade {
         // from its first moment on it has to know what the old one knows
         let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime
-            .enable_all()
-            .build()
-            .map_err(Unavailable::System)?;
+        let runtime = runtime.enable_all().build().map_err(Unavailable::System)?;
         runtime.block_on(app.fleet.look_before());
     }
     let mut server = Server::new_with_opt_and_conf(Some(opt), conf);
