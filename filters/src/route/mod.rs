@@ -296,14 +296,15 @@ impl Shared {
             candidate.endpoint.load.standing(now)
         };
         let best = fresh.iter().map(|candidate| standing(candidate)).min()?;
-        let last_resort: Vec<&Candidate> = if best < Standing::Open {
+        let mixed = fresh.iter().any(|candidate| standing(candidate) != best);
+        let last_resort: Vec<&Candidate> = if mixed {
             let (better, worse) = fresh
                 .into_iter()
                 .partition(|candidate| standing(candidate) == best);
             fresh = better;
             worse
         } else {
-            Vec::new() // all are open: better to ask one than none
+            Vec::new() // if all are open: better to ask one than none
         };
         for (mut pool, desperate) in [(fresh, best == Standing::Open), (last_resort, true)] {
             while !pool.is_empty() {

@@ -472,6 +472,11 @@ fn kind_of(
             String::new()
         })),
     };
+    if !secret.0.bytes().all(|b| b.is_ascii_graphic()) {
+        checker.fault(format!(
+            "{key}: its key is no key: one line of letters, digits and signs"
+        ));
+    }
     (kind, Some(Secret(format!("Bearer {}", secret.0))))
 }
 
@@ -606,7 +611,10 @@ fn catalogue(file: ModelsFile, neurons: &[Neuron], checker: &mut Checker) -> Cat
             checker.fault(format!("{key}: there is no model \"{model}\" in this file"));
         }
         let order = alias.models.iter().map(|id| Arc::from(id.as_str()));
-        fallbacks.insert(Arc::from(alias.name.as_str()), order.collect());
+        let name: Arc<str> = alias.name.as_str().into();
+        if fallbacks.insert(name, order.collect::<Vec<_>>()).is_some() {
+            checker.fault(format!("{key}: there is another alias \"{}\"", alias.name));
+        }
     }
     let default = file.default.as_deref().and_then(|name| {
         let id = names.get(name).map(|id| Arc::from(*id));

@@ -105,20 +105,22 @@ impl Members {
                 })),
             }
         }
-        let before = std::mem::take(&mut self.nodes);
+        let before = std::mem::take(&mut self.nodes).into_iter();
+        let mut before: HashMap<Arc<str>, Arc<Node>> = before
+            .map(|node| (node.neuron.name.clone(), node))
+            .collect();
         for (neuron, address) in wanted {
-            let same = before
-                .iter()
-                .find(|node| node.neuron == neuron && node.address == address);
-            let node = same.cloned().unwrap_or_else(|| {
-                let named = before.iter().find(|node| node.neuron.name == neuron.name);
-                Arc::new(Node::new(neuron, address, named.map(|node| node.load())))
-            });
+            let named = before.remove(&neuron.name);
+            let same = |node: &&Arc<Node>| node.neuron == neuron && node.address == address;
+            let node = match named.as_ref().filter(same) {
+                Some(node) => node.clone(),
+                None => Arc::new(Node::new(neuron, address, named.map(|node| node.load()))),
+            };
             self.nodes.push(node);
         }
-        let nodes = &self.nodes;
+        // those that are left have gone
         self.replicas
-            .retain(|(name, _), _| nodes.iter().any(|node| node.neuron.name == *name));
+            .retain(|(name, _), _| !before.contains_key(name));
     }
 }
 

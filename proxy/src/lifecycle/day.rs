@@ -1,6 +1,6 @@
 //! A day of 1,000 nodes and 10,000 models in a few minutes: hit rates, cold starts and decisions a second, by policy.
 //!
-//! `cargo test --release --workspace --bin cortex -- --ignored a_day --nocapture` prints what docs/fleet.md shows.
+//! `cargo test --workspace --bin cortex -- --ignored a_day --nocapture` prints them.
 
 use super::placement::{Change, Use, World};
 use super::schedule::{Ended, Hands, Refusal, Schedule};
@@ -10,8 +10,10 @@ use crate::fleet::NodeView;
 use protocol::node::ModelState;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,12 +72,11 @@ impl Trace {
 struct Day {
     now: u64,
     random: StdRng,
-    nodes: Vec<NodeView>,
     sizes: Vec<u64>,
     /// By model: nodes that serve it and are not being cleared of it.
     serving: Vec<Vec<usize>>,
     /// By model: requests in flight and end of the last one, by node.
-    used: Vec<BTreeMap<usize, Use>>,
+    used: Rc<RefCell<Vec<BTreeMap<usize, Use>>>>,
     events: BinaryHeap<Reverse<(u64, usize, Event)>>,
     count: usize,
     changes: Vec<Change>,
@@ -98,21 +99,22 @@ impl Day {
 
     /// A request of some seconds begins on the node with the fewest.
     fn begin_request(&mut self, model: usize) {
-        let used = &self.used[model];
+        let mut used = self.used.borrow_mut();
+        let used = &mut used[model];
         let load = |node: &&usize| used.get(*node).map_or(0, |there| there.active);
         let node = *self.serving[model].iter().min_by_key(load).expect("served");
-        self.used[model].entry(node).or_default().active += 1;
+        used.entry(node).or_default().active += 1;
         let seconds = 10.0 * (-self.random.random_range(0.001..1.0f64).ln());
-        self.push(
-            self.now + (seconds * SECOND as f64) as u64,
-            Event::Ends { node, model },
-        );
+        self.count += 1;
+        let at = self.now + (seconds * SECOND as f64) as u64;
+        let ends = Event::Ends { node, model };
+        self.events.push(Reverse((at, self.count, ends)));
     }
 
     /// The change is over: memory and models are as it wanted them.
-    fn carry_out(&mut self, change: &Change) {
+    fn carry_out(&mut self, change: &Change, nodes: &mut [NodeView]) {
         let index = number(&change.node);
-        let node = &mut self.nodes[index];
+        let node = &mut nodes[index];
         for gone in &change.evict {
             let at = node.models.iter().position(|held| *held.id == **gone);
             let gone = node.models.swap_remove(at.expect("it was there"));
@@ -195,11 +197,15 @@ fn live(size: &Size, config: &Config, sizes: Vec<u64>, trace: &Trace) -> Outcome
         let count = [1, 2, 4][random.random_range(0..3)];
         node(&format!("n{index}"), &vec![device; count])
     });
+    let mut nodes: Vec<NodeView> = nodes.collect();
+    let used = Rc::new(RefCell::new(vec![
+        BTreeMap::<usize, Use>::new();
+        size.models
+    ]));
     let mut day = Day {
         now: 0,
-        nodes: nodes.collect(),
         serving: vec![Vec::new(); size.models],
-        used: vec![BTreeMap::new(); size.models],
+        used: used.clone(),
         sizes,
         random,
         events: BinaryHeap::new(),
@@ -226,14 +232,15 @@ fn live(size: &Size, config: &Config, sizes: Vec<u64>, trace: &Trace) -> Outcome
             }
             Event::Arrives { model } => schedule.want(format!("m{model}").as_str().into(), at),
             Event::Ends { node, model } => {
-                let used = day.used[model].entry(node).or_default();
+                let mut used = used.borrow_mut();
+                let used = used[model].entry(node).or_default();
                 used.active -= 1;
                 used.last_used = at;
                 continue; // the loop looks at its next tick
             }
             Event::Changed { index } => {
                 let change = day.changes[index].clone();
-                day.carry_out(&change);
+                day.carry_out(&change, &mut nodes);
                 schedule.ended(Ended {
                     node: &change.node,
                     load: change.load.as_deref(),
@@ -245,17 +252,19 @@ fn live(size: &Size, config: &Config, sizes: Vec<u64>, trace: &Trace) -> Outcome
             Event::Tick if at < DAY + 3600 * SECOND => day.push(at + 10 * SECOND, Event::Tick),
             Event::Tick => {}
         }
-        let view = day.nodes.clone();
-        let used = day.used.clone();
         let world = World {
             config,
-            nodes: &view,
+            nodes: &nodes,
             now: at,
             usage: &|node, model| {
+                let used = used.borrow();
                 let there = used[number(model)].get(&number(node));
                 there.copied().unwrap_or_default()
             },
-            leases: &|model| used[number(model)].values().map(|there| there.active).sum(),
+            leases: &|model| {
+                let used = used.borrow();
+                used[number(model)].values().map(|there| there.active).sum()
+            },
         };
         let began = Instant::now();
         schedule.step(&world, &mut day);
@@ -329,7 +338,7 @@ fn an_hour_of_a_small_fleet_answers_everybody() {
 }
 
 #[test]
-#[ignore = "takes minutes; its figures are in docs/fleet.md"]
+#[ignore = "takes many minutes; `.ci/run --long` runs it"]
 fn a_day_of_a_thousand_nodes() {
     let size = Size {
         nodes: 1000,

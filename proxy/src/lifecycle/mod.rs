@@ -193,8 +193,16 @@ impl Lifecycle {
         let Done { job, took, result } = done;
         let node = &*job.node;
         for (model, replica) in &job.evict {
-            self.fleet.usage(model).stay();
             replica.stay();
+            // the model as a whole may still be leaving: another node's change says so when it ends
+            let view = self.fleet.view();
+            let leaves = view.served(model).is_some_and(|served| {
+                let mut replicas = served.candidates.iter();
+                replicas.any(|candidate| candidate.replica.is_leaving())
+            });
+            if !leaves {
+                self.fleet.usage(model).stay();
+            }
             let labels = &[&**model, node, job.reason.name()];
             self.metrics.evictions.with_label_values(labels).inc();
         }

@@ -4,7 +4,7 @@ use super::eviction::{self, Resident};
 use crate::config::{Config, Model};
 use crate::fleet::NodeView;
 use protocol::node::{ModelState, ModelStatus};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -130,7 +130,7 @@ impl Reason {
 impl Begun {
     /// Counts what is served and stays.
     pub(crate) fn look(&mut self, nodes: &[NodeView]) {
-        self.staying.clear();
+        self.staying.values_mut().for_each(|count| *count = 0); // their names stay: there are many
         for node in nodes.iter().filter(|node| node.serves()) {
             for model in &node.models {
                 if model.state == ModelState::Loaded && !self.is_leaving(&node.name, &model.id) {
@@ -198,7 +198,7 @@ impl Begun {
 #[derive(Debug, Default)]
 pub(crate) struct Sizes {
     /// As nodes have reported them, for models of which the catalogue does not say.
-    measured: BTreeMap<String, u64>,
+    measured: HashMap<String, u64>,
 }
 
 impl Sizes {

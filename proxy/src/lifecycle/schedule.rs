@@ -387,15 +387,23 @@ impl<W> Schedule<W> {
 
     /// Lets models go that nobody has used for as long as the catalogue says.
     fn unload_idle(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
+        if world
+            .config
+            .models
+            .values()
+            .all(|model| model.keep_alive.is_none())
+        {
+            return;
+        }
         let mut there = HashSet::new();
         let mut due = Vec::new();
         for node in world.nodes.iter().filter(|node| node.can_load()) {
             for status in &node.models {
-                let id: Arc<str> = status.id.as_str().into();
-                let Some(model) = world.config.models.get(&id) else {
-                    continue;
-                };
-                let Some(keep_alive) = model.keep_alive.filter(|_| !model.is_pinned()) else {
+                let entry = world.config.models.get_key_value(status.id.as_str());
+                let Some((id, keep_alive)) = entry.and_then(|(id, model)| {
+                    let keep_alive = model.keep_alive.filter(|_| !model.is_pinned());
+                    Some((id.clone(), keep_alive?))
+                }) else {
                     continue;
                 };
                 if status.state != ModelState::Loaded || self.begun.is_leaving(&node.name, &id) {
