@@ -6,7 +6,7 @@ use bytes::Bytes;
 use protocol::usage::Usage;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -28,6 +28,7 @@ pub struct Exchange {
     first_token: OnceLock<Instant>,
     usage: OnceLock<Usage>,
     answer: OnceLock<Answer>,
+    torn: AtomicBool,
 }
 
 /// A whole answer as its dialect says it.
@@ -70,6 +71,7 @@ impl Exchange {
             first_token: OnceLock::new(),
             usage: OnceLock::new(),
             answer: OnceLock::new(),
+            torn: AtomicBool::new(false),
         })
     }
 
@@ -143,6 +145,17 @@ impl Exchange {
         self.first_token
             .get()
             .map(|at| at.duration_since(self.started))
+    }
+
+    /// Notes that the node's answer broke off or went silent after it had begun.
+    pub fn mark_torn(&self) {
+        self.torn.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the node's answer broke off or went silent after it had begun.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.torn.load(Ordering::Relaxed)
     }
 
     /// Notes the tokens the upstream reported.

@@ -26,6 +26,7 @@ pub mod residency;
 pub mod resolve;
 pub mod retry;
 pub mod route;
+pub mod sampling;
 pub mod timeout;
 pub mod trace;
 pub mod translate;

@@ -1,10 +1,11 @@
 //! How long a node may take: to begin its answer, and between two pieces of it.
 
-use crate::{Body, Failure, Request, Response, ResponseFuture};
+use crate::{Body, Exchange, Failure, Request, Response, ResponseFuture};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use protocol::{ApiError, ErrorKind};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, Sleep, sleep, timeout};
@@ -57,6 +58,7 @@ where
 
     fn call(&mut self, request: Request) -> Self::Future {
         let TimeoutLayer { head, idle } = self.limits;
+        let exchange = request.exchange.clone();
         let response = self.inner.call(request);
         Box::pin(async move {
             // not retried elsewhere: the node may be working on it, and so would the next one be
@@ -71,6 +73,7 @@ where
                     body,
                     idle,
                     timer: None,
+                    exchange,
                 })
             }))
         })
@@ -87,6 +90,8 @@ struct Paced {
     idle: Duration,
     /// Made at the first wait, pushed back at the later ones.
     timer: Option<Pin<Box<Sleep>>>,
+    /// Told when the answer does not end well.
+    exchange: Arc<Exchange>,
 }
 
 impl Stream for Paced {
@@ -98,11 +103,15 @@ impl Stream for Paced {
             if let Some(timer) = &mut this.timer {
                 timer.as_mut().reset(Instant::now() + this.idle);
             }
+            if let Some(Err(_)) = &next {
+                this.exchange.mark_torn();
+            }
             return Poll::Ready(next);
         }
         let timer = this.timer.get_or_insert_with(|| Box::pin(sleep(this.idle)));
         timer.as_mut().poll(cx).map(|()| {
             timer.as_mut().reset(Instant::now() + this.idle);
+            this.exchange.mark_torn();
             Some(Err(late(format!(
                 "the node was silent for {} s",
                 this.idle.as_secs()

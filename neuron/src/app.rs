@@ -59,13 +59,15 @@ pub async fn serve(
             source,
         })?;
     // Written whatever the log filter: whoever started us with port 0 reads the port here.
-    eprintln!("listening on http://{}", listener.local_addr()?);
+    let address = listener.local_addr()?;
+    eprintln!("listening on http://{address}");
     for model in &config.models {
         let wanted = LoadModel {
             id: model.id.clone(),
             source: model.source.clone(),
             context_length: model.context_length,
             quant: model.quant,
+            devices: Vec::new(),
         };
         residency
             .load(wanted)
@@ -90,7 +92,14 @@ pub async fn serve(
         metrics: ApiMetrics::register(&registry),
         registry,
     });
+    let joined = async {
+        match &config.join {
+            Some(gateway) => gateway.keep_joined(&config.name, address).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
+        () = joined => Ok(()),
         reason = failed => Err(AppError::Model(reason)),
         outcome = listen(listener, state, residency, stop) => Ok(outcome?),
     }

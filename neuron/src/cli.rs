@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::config::{Config, ConfigError, ModelConfig};
+use crate::join::Gateway;
 use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand};
 use protocol::node::WeightFormat;
@@ -50,6 +51,15 @@ pub struct ServeArgs {
     /// Where to listen [default: as configured, else 127.0.0.1:13131]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
+    /// Become a node of the gateway whose metrics listener is there, like http://cortex:31314
+    #[arg(long, value_name = "URL", value_parser = gateway)]
+    pub join: Option<String>,
+    /// What that gateway wants to be told [default: NEURON_JOIN_TOKEN]
+    #[arg(long, value_name = "TOKEN", requires = "join")]
+    pub token: Option<String>,
+    /// Where that gateway reaches this host [default: the address it sees, and the port of --listen]
+    #[arg(long, value_name = "URL", requires = "join")]
+    pub advertise: Option<String>,
     /// Stop when standard input is closed: a parent that dies takes this daemon with it
     #[arg(long)]
     pub exit_with_stdin: bool,
@@ -76,6 +86,10 @@ impl ServeArgs {
         if let Some(listen) = self.listen {
             config.listen = listen;
         }
+        if let Some(authority) = &self.join {
+            let (token, advertise) = (self.token.as_deref(), self.advertise.as_deref());
+            config.set_join(authority, token, advertise)?;
+        }
         Ok(config)
     }
 
@@ -84,6 +98,11 @@ impl ServeArgs {
     pub fn is_quick_start(&self) -> bool {
         self.model.is_some()
     }
+}
+
+/// The host and port of a gateway's URL.
+fn gateway(url: &str) -> Result<String, String> {
+    Gateway::authority_of(url).ok_or_else(|| "write it like http://cortex:31314".into())
 }
 
 /// The last part of a folder, a file or a hub id.

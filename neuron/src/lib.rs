@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod engine;
+pub mod join;
 pub mod kernels;
 pub mod memory;
 pub mod model;

@@ -105,6 +105,27 @@ pub struct NodeModels {
     pub models: Vec<ModelStatus>,
 }
 
+/// How a node says to a gateway that it is there: `POST /nodes` on the gateway's second listener, with the gateway's
+/// token as `authorization: Bearer`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Join {
+    /// What it wants to be called.
+    pub name: String,
+    /// Where it listens; `None` is the address that this request comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Where it listens there.
+    pub port: u16,
+}
+
+/// The reply to a [`Join`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// When to say so again, so as to stay.
+    pub again_in_seconds: u64,
+}
+
 /// Asks a node to load a model. Idempotent: a second call joins the first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -119,6 +140,9 @@ pub struct LoadModel {
     /// The number format to hold weights in; that of the files when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quant: Option<WeightFormat>,
+    /// The devices to hold it, by their [`DeviceInfo::id`], the same share on each; the node's choice when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
 }
 
 /// How the numbers of a model's weight matrices are held in memory.

@@ -7,6 +7,7 @@ use prometheus::{Encoder, TextEncoder};
 use protocol::node::{DeviceInfo, ModelStatus};
 use protocol::{ApiError, ErrorKind};
 use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 
 /// The reply of `GET /status`.
@@ -33,10 +34,25 @@ pub(crate) struct NodeStatus {
     pub(crate) models: Vec<ModelStatus>,
 }
 
-/// The answer to a request on the second listener.
-pub(crate) fn respond(app: &App, method: &Method, path: &str) -> Response<Vec<u8>> {
+/// Longest body that is read here.
+pub(crate) const MAX_BODY: usize = 64 << 10;
+
+/// The answer to a request on the second listener; `from` is who asks.
+pub(crate) fn respond(
+    app: &App,
+    head: &http::request::Parts,
+    body: &[u8],
+    from: Option<IpAddr>,
+) -> Response<Vec<u8>> {
+    let (method, path) = (&head.method, head.uri.path());
+    if *method == Method::POST && path == "/nodes" {
+        return join(app, head, body, from);
+    }
     if *method != Method::GET && *method != Method::HEAD {
-        let error = ApiError::new(ErrorKind::MethodNotAllowed, "this listener only tells: GET");
+        let error = ApiError::new(
+            ErrorKind::MethodNotAllowed,
+            "this listener only tells: GET, and POST to /nodes",
+        );
         return json(405, &error.openai_body());
     }
     match path {
@@ -57,10 +73,31 @@ pub(crate) fn respond(app: &App, method: &Method, path: &str) -> Response<Vec<u8
         _ => {
             let error = ApiError::new(
                 ErrorKind::NotFound,
-                "here are /health/live, /health/ready, /metrics and /status",
+                "here are /health/live, /health/ready, /metrics, /status and, to join, /nodes",
             );
             json(404, &error.openai_body())
         }
+    }
+}
+
+fn join(
+    app: &App,
+    head: &http::request::Parts,
+    body: &[u8],
+    from: Option<IpAddr>,
+) -> Response<Vec<u8>> {
+    let credential = head.headers.get(header::AUTHORIZATION);
+    let credential = credential.and_then(|value| value.to_str().ok());
+    let config = app.config();
+    let joined = serde_json::from_slice(body)
+        .map_err(|error| ApiError::new(ErrorKind::InvalidRequest, error.to_string()))
+        .and_then(|join| {
+            let joining = config.joining.as_ref();
+            app.fleet.join(joining, credential, from, &join)
+        });
+    match joined {
+        Ok(joined) => json(200, &joined),
+        Err(error) => json(error.status(), &error.openai_body()),
     }
 }
 
@@ -100,7 +137,7 @@ fn status(app: &App) -> Status {
     });
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
-        in_flight: app.metrics.in_flight(),
+        in_flight: app.metrics.exchanges.in_flight(),
         nodes: nodes.collect(),
     }
 }

@@ -1,23 +1,25 @@
 //! The gateway's parts and how they hang together: the table of contents.
 
 use crate::catalogue::Catalogue;
-use crate::config::{Config, Fault};
+use crate::config::{Config, Fault, Tls};
 use crate::fleet::Fleet;
 use crate::lifecycle::Lifecycle;
+use crate::pingora::certificates::Certificates;
 use crate::pingora::client::Client;
 use crate::pingora::downstream::{Intake, Serving};
 use crate::pingora::upstream::Upstream;
 use crate::responses::Responses;
-use crate::stack;
+use crate::stack::{self, StackMetrics};
 use arc_swap::ArcSwap;
-use filters::metrics::Metrics;
 use filters::remember::StoreError;
 use prometheus::{IntCounterVec, Opts, Registry};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::time::sleep;
 
 /// Idle connections kept to nodes.
 const POOL: usize = 1024;
@@ -26,7 +28,7 @@ const POOL: usize = 1024;
 pub(crate) struct App {
     /// What serves requests now.
     pub(crate) serving: Arc<ArcSwap<Serving>>,
-    pub(crate) metrics: Metrics,
+    pub(crate) metrics: StackMetrics,
     pub(crate) registry: Registry,
     pub(crate) fleet: Arc<Fleet>,
     /// Set when no new requests are taken.
@@ -38,6 +40,10 @@ pub(crate) struct App {
     upstream: Upstream,
     responses: Arc<Responses>,
     reloads: IntCounterVec,
+    /// What the TLS listener shows.
+    pub(crate) certificates: Arc<Certificates>,
+    /// The files as they were when they were read last.
+    seen: Mutex<Vec<Stamp>>,
 }
 
 /// Why the parts could not be put together.
@@ -54,7 +60,7 @@ impl App {
     /// When the file of responses cannot be opened.
     pub(crate) fn build(config: Config) -> Result<Arc<Self>, BuildError> {
         let registry = Registry::new();
-        let metrics = Metrics::new(&registry);
+        let metrics = StackMetrics::new(&registry);
         let reloads = IntCounterVec::new(
             Opts::new("cortex_config_reloads_total", "Reloads, by how they ended"),
             &["outcome"],
@@ -73,6 +79,7 @@ impl App {
         let kept = &config.responses;
         let responses = Responses::open(kept.path.as_deref(), kept.bounds, &registry)
             .map_err(|error| BuildError::Responses(kept.path.clone().unwrap_or_default(), error))?;
+        let seen = stamps(&config.files);
         let config = Arc::new(ArcSwap::from_pointee(config));
         let lifecycle = Lifecycle::new(config.clone(), fleet.clone(), control, &registry);
         let serving = serving(
@@ -95,6 +102,8 @@ impl App {
             upstream,
             responses,
             reloads,
+            certificates: Arc::default(),
+            seen: Mutex::new(seen),
         }))
     }
 
@@ -109,7 +118,8 @@ impl App {
             self.fleet.run(),
             self.lifecycle.run(),
             self.upstream.close_old(),
-            self.reload_on_hangup()
+            self.reload_on_hangup(),
+            self.reload_on_change()
         );
     }
 
@@ -120,11 +130,41 @@ impl App {
         }
     }
 
+    /// Reloads when a file has changed and is the same at two looks: then nobody is writing it any more.
+    async fn reload_on_change(&self) {
+        let mut last = self.seen();
+        loop {
+            let Some(period) = self.config().watch else {
+                sleep(Duration::from_secs(60)).await; // a reload may have them watched
+                continue;
+            };
+            sleep(period).await;
+            let now = stamps(&self.config().files);
+            if now != self.seen() && now == last {
+                tracing::info!("a file of the configuration has changed");
+                self.reload();
+            }
+            last = now;
+        }
+    }
+
+    fn seen(&self) -> Vec<Stamp> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.clone()
+    }
+
     /// Reads, checks, builds, swaps. A fault changes nothing.
     fn reload(&self) {
         let old = self.config();
-        match Config::read(old.file.as_deref()) {
+        // before they are read: a change after this is seen as one
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = stamps(&old.files);
+        let read = Config::read(old.file.as_deref());
+        match read.and_then(|new| self.show_certificate(new, &old)) {
             Ok(new) => {
+                let files = stamps(&new.files);
+                if new.files != old.files {
+                    *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = files;
+                }
                 self.apply(new, &old);
                 self.reloads.with_label_values(&["applied"]).inc();
                 tracing::info!("configuration reloaded");
@@ -140,6 +180,16 @@ impl App {
         }
     }
 
+    /// Has the TLS listener show what `new` says, if there is one.
+    fn show_certificate(&self, new: Config, old: &Config) -> Result<Config, Vec<Fault>> {
+        if let (Some(tls), Some(_)) = (&new.tls, &old.tls) {
+            self.certificates
+                .read(tls)
+                .map_err(|why| vec![Fault::new(&tls.certificate, why)])?;
+        }
+        Ok(new)
+    }
+
     fn apply(&self, mut new: Config, old: &Config) {
         let fixed = [
             ("gateway.listen", new.listen != old.listen),
@@ -148,7 +198,14 @@ impl App {
                 new.metrics_listen != old.metrics_listen,
             ),
             ("gateway.threads", new.threads != old.threads),
-            ("tls", new.tls != old.tls),
+            (
+                "tls.listen",
+                new.tls.as_ref().map(|tls| tls.listen) != old.tls.as_ref().map(|tls| tls.listen),
+            ),
+            (
+                "gateway.upgrade_socket",
+                new.upgrade_socket != old.upgrade_socket,
+            ),
             (
                 "timeouts.connect",
                 new.timeouts.connect != old.timeouts.connect,
@@ -160,7 +217,17 @@ impl App {
         }
         (new.listen, new.metrics_listen, new.threads) =
             (old.listen, old.metrics_listen, old.threads);
-        new.tls.clone_from(&old.tls);
+        new.tls = match (new.tls, &old.tls) {
+            (Some(new), Some(old)) => Some(Tls {
+                listen: old.listen,
+                ..new
+            }),
+            (_, old) => old.clone(),
+        };
+        new.upgrade_socket.clone_from(&old.upgrade_socket);
+        if new.routing == old.routing {
+            new.policy = old.policy.clone(); // it remembers
+        }
         new.responses.path.clone_from(&old.responses.path);
         self.responses.set_bounds(new.responses.bounds);
         let new = Arc::new(new);
@@ -178,16 +245,31 @@ impl App {
     }
 }
 
+/// When a file was changed and how long it is; `None` where it is not.
+type Stamp = Option<(SystemTime, u64)>;
+
+fn stamps(files: &[PathBuf]) -> Vec<Stamp> {
+    let stamp = |path: &PathBuf| {
+        let there = std::fs::metadata(path).ok()?;
+        Some((there.modified().ok()?, there.len()))
+    };
+    files.iter().map(stamp).collect()
+}
+
 /// What serves requests under one configuration.
 fn serving(
     config: &Arc<Config>,
-    metrics: &Metrics,
+    metrics: &StackMetrics,
     fleet: &Arc<Fleet>,
     lifecycle: &Arc<Lifecycle>,
     responses: &Arc<Responses>,
     upstream: &Upstream,
 ) -> Serving {
-    let catalogue = Arc::new(Catalogue::new(config.clone(), fleet.clone()));
+    let catalogue = Arc::new(Catalogue::new(
+        config.clone(),
+        fleet.clone(),
+        lifecycle.clone(),
+    ));
     Serving {
         stack: stack::build(
             config,

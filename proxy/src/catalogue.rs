@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::fleet::{Fleet, FleetView};
+use crate::lifecycle::Lifecycle;
 use filters::resolve;
 use protocol::models::ModelCard;
 use protocol::node::ModelState;
@@ -14,12 +15,13 @@ pub(crate) struct Catalogue {
     config: Arc<Config>,
     aliases: HashMap<Arc<str>, Arc<str>>,
     fleet: Arc<Fleet>,
+    lifecycle: Arc<Lifecycle>,
     /// When this catalogue was built: `created` of its models.
     since: u64,
 }
 
 impl Catalogue {
-    pub(crate) fn new(config: Arc<Config>, fleet: Arc<Fleet>) -> Self {
+    pub(crate) fn new(config: Arc<Config>, fleet: Arc<Fleet>, lifecycle: Arc<Lifecycle>) -> Self {
         let aliases = config
             .models
             .iter()
@@ -37,8 +39,18 @@ impl Catalogue {
             config,
             aliases,
             fleet,
+            lifecycle,
             since,
         }
+    }
+}
+
+impl Catalogue {
+    /// The first of these models that is served or may still come; if none is, the first.
+    fn first_of(&self, models: &[Arc<str>]) -> Option<Arc<str>> {
+        let view = self.fleet.view();
+        let had = |id: &&Arc<str>| view.served(id).is_some() || !self.lifecycle.is_hopeless(id);
+        models.iter().find(had).or(models.first()).cloned()
     }
 }
 
@@ -46,6 +58,9 @@ impl resolve::Catalogue for Catalogue {
     fn resolve(&self, name: &str) -> Option<Arc<str>> {
         if let Some(id) = self.aliases.get(name) {
             return Some(id.clone());
+        }
+        if let Some(models) = self.config.fallbacks.get(name) {
+            return self.first_of(models);
         }
         if let Some((id, _)) = self.config.models.get_key_value(name) {
             return Some(id.clone());

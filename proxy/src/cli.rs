@@ -15,9 +15,11 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve as the configuration says.
-    Serve(File),
+    Serve(ServeArgs),
     /// Check a configuration and say what is wrong with it, one line a fault.
     Check(File),
+    /// Say where each model of the catalogue would be loaded if it were asked for now, and why. Nothing is loaded.
+    Plan(File),
     /// Show nodes, devices, memory, models and requests in flight of a running gateway.
     Status(StatusArgs),
     /// Start a local neuron and a gateway in front of it, load a model and wait until both are ready.
@@ -29,6 +31,15 @@ pub(crate) struct File {
     /// The configuration file; without one, the defaults on loopback.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) file: File,
+    /// Take the listening sockets over from a gateway that runs: start this one, then send SIGQUIT to that one.
+    #[arg(long)]
+    pub(crate) upgrade: bool,
 }
 
 #[derive(Debug, Args)]

@@ -29,7 +29,7 @@ const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     match Cli::parse().command {
-        Command::Serve(file) => serve(file.config.as_deref()),
+        Command::Serve(args) => serve(args.file.config.as_deref(), args.upgrade),
         Command::Check(file) => match read(file.config.as_deref()) {
             Ok(config) => {
                 println!(
@@ -41,22 +41,37 @@ fn main() -> ExitCode {
             }
             Err(code) => code,
         },
+        Command::Plan(file) => match read(file.config.as_deref()) {
+            Ok(config) => report(plan(&config)),
+            Err(code) => code,
+        },
         Command::Status(args) => report(status::run(&args)),
         Command::Up(args) => report(up::run(args)),
     }
 }
 
-fn serve(file: Option<&Path>) -> ExitCode {
+fn serve(file: Option<&Path>, upgrade: bool) -> ExitCode {
     match read(file) {
         Ok(config) => {
             telemetry::start("info");
             match app::App::build(config) {
-                Ok(app) => report(pingora::server::run(&app)),
+                Ok(app) => report(pingora::server::run(&app, upgrade)),
                 Err(error) => report(Err(error)),
             }
         }
         Err(code) => code,
     }
+}
+
+/// Asks the nodes once and prints what would be placed where.
+fn plan(config: &Config) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let fleet = fleet::Fleet::once(config);
+    runtime.block_on(fleet.look_before());
+    print!("{}", lifecycle::plan::plan(config, &fleet.view()));
+    Ok(())
 }
 
 /// The configuration, or its faults on standard error, one line each.

@@ -57,6 +57,8 @@ pub(crate) fn endpoint(address: SocketAddr) -> Endpoint {
         address,
         authority: address.to_string().into(),
         tls: false,
+        weight: 1,
+        access: Arc::default(),
         load: Arc::default(),
     }
 }
@@ -126,12 +128,12 @@ fn devices(node: &NodeStatus) -> String {
     devices.collect::<Vec<_>>().join(", ")
 }
 
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     ByteSize(bytes).display().iec().to_string()
 }
 
 /// Appends rows as columns, each as wide as its widest cell.
-fn align<const N: usize>(text: &mut String, rows: &[[String; N]]) {
+pub(crate) fn align<const N: usize>(text: &mut String, rows: &[[String; N]]) {
     let widths: [usize; N] = std::array::from_fn(|column| {
         rows.iter()
             .map(|row| row[column].chars().count())

@@ -17,7 +17,7 @@ fn the_help_names_every_command_of_the_readme() {
     let output = cortex(&["--help"]);
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
-    for command in ["serve", "check", "status", "up"] {
+    for command in ["serve", "check", "plan", "status", "up"] {
         assert!(
             help.lines()
                 .any(|line| line.trim_start().starts_with(command)),

@@ -183,7 +183,9 @@ impl Cortex {
     pub async fn spawn(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
         let (api, admin) = (free_address(), free_address());
         let folder = TempDir::new().unwrap();
-        let head = format!("listen = \"{api}\"\nmetrics_listen = \"{admin}\"\n");
+        let head = format!(
+            "listen = \"{api}\"\nmetrics_listen = \"{admin}\"\nupgrade_socket = \"upgrade.sock\"\n"
+        );
         write_config(folder.path(), &head, nodes, models, extra);
         let file = folder.path().join("cortex.toml");
         let daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
@@ -222,6 +224,49 @@ impl Cortex {
                 .cloned()
         })
         .await
+    }
+
+    /// Kills it without a word and starts another one in its place.
+    pub async fn replace(&mut self) {
+        self.daemon.child.kill().await.unwrap();
+        let file = self.folder.path().join("cortex.toml");
+        self.daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
+        self.daemon.line("API on").await;
+    }
+
+    /// Files and sockets that it has open.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        let pid = self.daemon.child.id().unwrap();
+        std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .count()
+    }
+
+    /// The folder of its configuration.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes other files and leaves it to the gateway to see that they have changed.
+    pub fn rewrite(&self, nodes: &[NodeAt<'_>], models: &str, extra: &str) {
+        write_config(self.folder.path(), &self.head, nodes, models, extra);
+    }
+
+    /// Starts a second gateway that waits for the sockets of this one, which is then told to hand them over.
+    /// Gives the old one.
+    pub async fn upgrade(&mut self) -> Daemon {
+        let file = self.folder.path().join("cortex.toml");
+        let args = ["serve", "--upgrade", "--config", file.to_str().unwrap()];
+        let new = Daemon::start("cortex", &args);
+        let socket = self.folder.path().join("upgrade.sock");
+        until("the new gateway waits", || async {
+            socket.exists().then_some(())
+        })
+        .await;
+        self.daemon.signal("QUIT");
+        std::mem::replace(&mut self.daemon, new)
     }
 
     /// Posts JSON.

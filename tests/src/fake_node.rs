@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Notify;
 
@@ -35,6 +36,10 @@ pub enum Script {
     Stepped(Vec<String>),
     /// No answer at all until the client goes.
     Silent,
+    /// What no node should say, with status 200.
+    Nonsense(String),
+    /// So many at a time, each taking so long; more are refused with 429.
+    Limited(usize, Duration),
 }
 
 /// How it loads models.
@@ -62,6 +67,8 @@ struct Shared {
     total: u64,
     models: BTreeMap<String, ModelStatus>,
     sizes: BTreeMap<String, u64>,
+    /// What `authorization` has to be to see the models.
+    key: Option<Vec<u8>>,
     script: Script,
     loading: Loading,
     seen: Vec<Seen>,
@@ -102,6 +109,7 @@ impl FakeNode {
             total: 1000,
             models: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            key: None,
             script: Script::Answer,
             loading: Loading::Prompt,
             seen: Vec::new(),
@@ -113,6 +121,7 @@ impl FakeNode {
         let router = Router::new()
             .route("/discovery", get(discovery))
             .route("/models", get(models))
+            .route("/v1/models", get(cards))
             .route("/models/load", post(load))
             .route("/models/unload", post(unload))
             .route("/v1/chat/completions", post(exchange))
@@ -159,6 +168,18 @@ impl FakeNode {
     pub fn sized(self, model: &str, bytes: u64) -> Self {
         self.with(|shared| shared.sizes.insert(model.into(), bytes));
         self
+    }
+
+    /// Wants to be told this as its key.
+    #[must_use]
+    pub fn locked(self, key: &str) -> Self {
+        self.with(|shared| shared.key = Some(format!("Bearer {key}").into_bytes()));
+        self
+    }
+
+    /// Forgets a model, as if somebody else had unloaded it.
+    pub fn forget(&self, model: &str) {
+        self.with(|shared| shared.models.remove(model));
     }
 
     /// From now on requests are answered like this.
@@ -261,6 +282,22 @@ async fn models(State((shared, _)): State<Node>) -> Response {
     axum::Json(NodeModels { models }).into_response()
 }
 
+/// OpenAI's list, for gateways to which this is some server; only those that know the key get it.
+async fn cards(State((shared, _)): State<Node>, headers: HeaderMap) -> Response {
+    let shared = shared.lock().unwrap();
+    let known = headers
+        .get("authorization")
+        .map(|value| value.as_bytes().to_vec());
+    if shared.key.is_some() && known != shared.key {
+        return StatusCode::UNAUTHORIZED.into_response();
+    }
+    let cards = shared
+        .models
+        .keys()
+        .map(|id| json!({"id": id, "object": "model"}));
+    axum::Json(json!({"object": "list", "data": cards.collect::<Vec<_>>()})).into_response()
+}
+
 async fn load(State((shared, _)): State<Node>, body: Bytes) -> Response {
     let load: LoadModel = serde_json::from_slice(&body).unwrap();
     let mut shared = shared.lock().unwrap();
@@ -328,6 +365,21 @@ async fn exchange(
         Script::Tear(events) => stream(events, guard, End::Torn, Some(step)),
         Script::Hang(events) => stream(events, guard, End::Never, None),
         Script::Stepped(events) => stream(events, guard, End::Well, Some(step)),
+        Script::Nonsense(text) => {
+            guard.end();
+            text.into_response()
+        }
+        Script::Limited(places, time) => {
+            let open = shared.lock().unwrap().open;
+            if open > places {
+                guard.end();
+                let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
+                return (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response();
+            }
+            tokio::time::sleep(time).await; // the work that it does
+            guard.end();
+            axum::Json(answer(&model, &name)).into_response()
+        }
         Script::Silent => {
             let _guard = guard;
             std::future::pending().await

@@ -5,7 +5,7 @@
 use futures::future::join_all;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
-use tests::daemon::Cortex;
+use tests::daemon::{Cortex, binary};
 use tests::fake_node::{FakeNode, Loading, Script, words};
 use tests::until;
 
@@ -249,4 +249,90 @@ async fn a_waiting_stream_is_kept_alive_in_its_own_dialect() {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn a_model_that_nobody_uses_goes_after_its_time() {
+    let node = FakeNode::start("a").await;
+    let models = model("brief", 100, "keep_alive = \"300ms\"") + &model("stays", 100, "");
+    let cortex = Cortex::start(&[("a", node.address)], &models, "").await;
+    for id in ["brief", "stays"] {
+        let (status, _) = cortex.ask("/v1/chat/completions", &request(id)).await;
+        assert_eq!(status, StatusCode::OK);
+    }
+    let idle = "cortex_model_evictions_total{model=\"brief\",node=\"a\",reason=\"idle\"}";
+    until("it is unloaded", || async {
+        (cortex.metric(idle).await == Some(1.0)).then_some(())
+    })
+    .await;
+    assert_eq!(node.changes(), ["load brief", "load stays", "unload brief"]);
+}
+
+#[tokio::test]
+async fn a_hot_model_gets_a_second_replica_and_loses_it_when_it_has_cooled() {
+    let a = FakeNode::start("a").await.holding("hot", 100);
+    let b = FakeNode::start("b").await;
+    a.script(Script::Silent);
+    b.script(Script::Silent);
+    let extra = "[replicas]\nabove = 2\nafter = \"100ms\"\nretire_after = \"300ms\"\n";
+    let models = model("hot", 100, "max_replicas = 2");
+    let nodes = [("a", a.address), ("b", b.address)];
+    let cortex = Cortex::start(&nodes, &models, extra).await;
+    let body = request("hot");
+    let three = join_all((0..3).map(|_| cortex.ask("/v1/chat/completions", &body)));
+    let loaded = until("another replica comes", || async {
+        (b.changes() == ["load hot"]).then_some(())
+    });
+    tokio::select! {
+        _ = three => panic!("nobody answers"),
+        () = loaded => {}
+    }
+    // the three have left: one replica is enough
+    let retired = "reason=\"replicas\"}";
+    until("one replica goes", || async {
+        let text = cortex.client.get(format!("{}/metrics", cortex.admin));
+        let text = text.send().await.ok()?.text().await.ok()?;
+        text.contains(retired).then_some(())
+    })
+    .await;
+    let unloads = |node: &FakeNode| node.changes().contains(&"unload hot".to_owned());
+    assert_ne!(unloads(&a), unloads(&b), "one, and one only");
+}
+
+#[tokio::test]
+async fn an_alias_goes_to_the_next_model_when_the_first_cannot_be_had() {
+    let node = FakeNode::start("a").await;
+    let models = [
+        model("large", 5000, ""),
+        model("small", 100, "sampling = { temperature = 0.5 }"),
+        "[[aliases]]\nname = \"any\"\nmodels = [\"large\", \"small\"]\n".into(),
+    ];
+    let cortex = Cortex::start(&[("a", node.address)], &models.concat(), "").await;
+    let (status, _) = cortex.ask("/v1/chat/completions", &request("any")).await;
+    assert_eq!(
+        status,
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the first time it shows"
+    );
+    let (status, body) = cortex.ask("/v1/chat/completions", &request("any")).await;
+    assert_eq!((status, &body["model"]), (StatusCode::OK, &json!("small")));
+    assert_eq!(node.seen()[0].body["temperature"], 0.5);
+}
+
+#[tokio::test]
+async fn a_plan_is_told_and_not_carried_out() {
+    let node = FakeNode::start("a").await.holding("here", 900);
+    let models = model("here", 900, "") + &model("next", 500, "");
+    let cortex = Cortex::start(&[("a", node.address)], &models, "").await;
+    let file = cortex.folder().join("cortex.toml");
+    let plan = std::process::Command::new(binary("cortex"))
+        .args(["plan", "--config", file.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let plan = String::from_utf8(plan.stdout).unwrap();
+    assert!(
+        plan.contains("here    the least has to leave there"),
+        "{plan}"
+    );
+    assert!(node.changes().is_empty());
 }

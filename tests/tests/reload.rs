@@ -5,7 +5,7 @@
 use futures::future::join_all;
 use reqwest::StatusCode;
 use serde_json::json;
-use tests::daemon::Cortex;
+use tests::daemon::{Cortex, free_address, root};
 use tests::fake_node::{FakeNode, Script, words};
 use tests::until;
 
@@ -108,4 +108,130 @@ async fn sigterm_refuses_what_is_new_and_lets_what_runs_end() {
     let (text, ()) = futures::future::join(reply.text(), drive).await;
     assert!(text.unwrap().contains("[DONE]"), "what ran has ended well");
     assert_eq!(cortex.daemon.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_file_that_changes_is_read_without_a_signal() {
+    let old = FakeNode::start("old").await.holding("m", 100);
+    let new = FakeNode::start("new").await.holding("m", 100);
+    let mut cortex = Cortex::start(&[("old", old.address)], "", "watch = \"50ms\"").await;
+    cortex.rewrite(&[("new", new.address)], "", "watch = \"50ms\"");
+    cortex.daemon.line("configuration reloaded").await;
+    cortex.sees(&[("new", "up")]).await;
+}
+
+#[tokio::test]
+async fn sigquit_hands_the_sockets_over_and_no_request_is_lost() {
+    let node = FakeNode::start("a").await.holding("m", 100);
+    node.script(Script::Stepped(words(&["a", "b"])));
+    let extra = "[timeouts]\ndrain = \"3s\"\n";
+    let mut cortex = Cortex::start(&[("a", node.address)], "", extra).await;
+    let stream = json!({"model": "m", "stream": true, "messages": []});
+    let (reply, ()) = futures::future::join(cortex.post("/v1/chat/completions", &stream), async {
+        node.asked(1).await;
+        until("the stream is open", || async {
+            node.step();
+            (node.open() == 1).then_some(())
+        })
+        .await;
+    })
+    .await;
+    let old_pid = cortex.daemon.child.id();
+    let mut old = cortex.upgrade().await;
+    assert_ne!(cortex.daemon.child.id(), old_pid);
+    cortex.daemon.line("API on").await;
+    node.script(Script::Answer);
+    let asking = async {
+        let mut answered = 0;
+        let mut ended = Box::pin(old.ended());
+        loop {
+            // each on a connection of its own, as those that are kept may be the old gateway's
+            let client = reqwest::Client::builder().no_proxy().build().unwrap();
+            let url = format!("{}/v1/chat/completions", cortex.api);
+            let request = client.post(url).body(r#"{"model":"m","messages":[]}"#);
+            let status = request.send().await.unwrap().status();
+            assert_eq!(status, StatusCode::OK, "after {answered} answers");
+            answered += 1;
+            if let Some(code) = futures::FutureExt::now_or_never(&mut ended) {
+                break (answered, code);
+            }
+        }
+    };
+    let drive = async {
+        until("the stream ends", || async {
+            node.step();
+            (node.open() == 0).then_some(())
+        })
+        .await;
+    };
+    let text = async { futures::future::join(reply.text(), drive).await.0 };
+    let (text, (answered, code)) = futures::future::join(text, asking).await;
+    assert!(text.unwrap().contains("[DONE]"), "what ran has ended well");
+    assert_eq!(code, Some(0));
+    assert!(answered > 1);
+}
+
+#[tokio::test]
+async fn sigquit_without_a_successor_changes_nothing() {
+    let node = FakeNode::start("a").await.holding("m", 100);
+    let mut cortex = Cortex::start(&[("a", node.address)], "", "").await;
+    cortex.daemon.signal("QUIT");
+    cortex.daemon.line("going on").await;
+    let request = json!({"model": "m", "messages": []});
+    let (status, _) = cortex.ask("/v1/chat/completions", &request).await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+/// The certificate that is shown at `address`, as it is sent.
+async fn shown(address: std::net::SocketAddr, trusted: &[&std::path::Path]) -> Option<Vec<u8>> {
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+    let mut roots = RootCertStore::empty();
+    for path in trusted {
+        roots.add(CertificateDer::from_pem_file(path).ok()?).ok()?;
+    }
+    let config = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let stream = tokio::net::TcpStream::connect(address).await.ok()?;
+    let name = ServerName::try_from("localhost").ok()?;
+    let stream = connector.connect(name, stream).await.ok()?;
+    let chain = stream.get_ref().1.peer_certificates()?;
+    Some(chain[0].to_vec())
+}
+
+#[tokio::test]
+async fn a_certificate_is_changed_while_the_gateway_runs_and_a_bad_one_is_not_taken() {
+    let fixtures = root().join("tests/fixtures/tls");
+    let folder = tempfile::tempdir().unwrap();
+    let [certificate, key] = ["certificate.pem", "key.pem"].map(|name| folder.path().join(name));
+    for (from, to) in [("certificate.pem", &certificate), ("key.pem", &key)] {
+        std::fs::copy(fixtures.join(from), to).unwrap();
+    }
+    let address = free_address();
+    let extra = format!(
+        "[tls]\nlisten = \"{address}\"\ncertificate = \"{}\"\nkey = \"{}\"",
+        certificate.display(),
+        key.display()
+    );
+    let node = FakeNode::start("a").await.holding("m", 100);
+    let nodes = [("a", node.address)];
+    let mut cortex = Cortex::start(&nodes, "", &extra).await;
+    let [old, new] = ["certificate.pem", "next_certificate.pem"].map(|name| fixtures.join(name));
+    let trusted = [&*old, &*new];
+    let first = until("TLS is spoken", || shown(address, &trusted)).await;
+    std::fs::copy(&new, &certificate).unwrap();
+    let said = cortex.reload(&nodes, "", &extra).await;
+    assert!(
+        said.contains("not reloaded"),
+        "its key is that of the old one: {said}"
+    );
+    assert_eq!(shown(address, &trusted).await, Some(first.clone()));
+    std::fs::copy(fixtures.join("next_key.pem"), &key).unwrap();
+    let said = cortex.reload(&nodes, "", &extra).await;
+    assert!(said.contains("configuration reloaded"), "{said}");
+    let second = shown(address, &trusted).await;
+    assert!(second.is_some() && second != Some(first));
 }

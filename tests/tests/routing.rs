@@ -196,3 +196,55 @@ async fn a_clients_credentials_stop_at_the_gateway() {
     assert!(!leaked, "{:?}", seen.headers);
     assert!(!cortex.daemon.log().join("\n").contains("secret"));
 }
+
+#[tokio::test]
+async fn a_conversation_stays_where_its_beginning_was_read() {
+    let nodes = [
+        FakeNode::start("a").await.holding("m", 100),
+        FakeNode::start("b").await.holding("m", 100),
+        FakeNode::start("c").await.holding("m", 100),
+    ];
+    let at = [
+        ("a", nodes[0].address),
+        ("b", nodes[1].address),
+        ("c", nodes[2].address),
+    ];
+    let cortex = Cortex::start(&at, "", "routing = \"prefix_affinity\"").await;
+    for conversation in 0..6 {
+        let mut messages = Vec::new();
+        let mut homes = Vec::new();
+        for turn in 0..4 {
+            let text = format!("conversation {conversation}, turn {turn}. ").repeat(20);
+            messages.push(json!({"role": "user", "content": text}));
+            let request = json!({"model": "m", "messages": messages});
+            let reply = cortex.post("/v1/chat/completions", &request).await;
+            homes.push(reply.headers()["x-cortex-node"].clone());
+        }
+        assert!(homes.iter().all(|home| *home == homes[0]), "{homes:?}");
+    }
+    let by_prefix = cortex
+        .metric("cortex_route_picks_total{by=\"prefix\"}")
+        .await;
+    assert_eq!(by_prefix, Some(18.0));
+}
+
+#[tokio::test]
+async fn a_session_has_one_node() {
+    let a = FakeNode::start("a").await.holding("m", 100);
+    let b = FakeNode::start("b").await.holding("m", 100);
+    let nodes = [("a", a.address), ("b", b.address)];
+    let cortex = Cortex::start(&nodes, "", "").await;
+    let mut homes = Vec::new();
+    for _ in 0..8 {
+        let reply = cortex
+            .client
+            .post(format!("{}/v1/chat/completions", cortex.api))
+            .header("x-session-id", "s-1")
+            .body(r#"{"model":"m","messages":[]}"#)
+            .send()
+            .await
+            .unwrap();
+        homes.push(reply.headers()["x-cortex-node"].clone());
+    }
+    assert!(homes.iter().all(|home| *home == homes[0]), "{homes:?}");
+}

@@ -39,6 +39,7 @@ struct Families {
     first_token: HistogramVec,
     rate: HistogramVec,
     prompt_tokens: IntCounterVec,
+    cached_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
     /// Handles by model and node, so that a request looks its labels up once.
     served: RwLock<HashMap<ModelAndNode, Arc<Served>>>,
@@ -52,6 +53,7 @@ struct Served {
     first_token: Histogram,
     rate: Histogram,
     prompt_tokens: IntCounter,
+    cached_tokens: IntCounter,
     generation_tokens: IntCounter,
 }
 
@@ -114,6 +116,11 @@ impl Metrics {
                     "Prompt tokens, as nodes report them",
                     served,
                 ),
+                cached_tokens: counter(
+                    "cortex_cached_prompt_tokens_total",
+                    "Prompt tokens that came from a node's cache, as nodes report them",
+                    served,
+                ),
                 generation_tokens: counter(
                     "cortex_generation_tokens_total",
                     "Generated tokens, as nodes report them",
@@ -153,6 +160,7 @@ impl Metrics {
                 first_token: families.first_token.with_label_values(labels),
                 rate: families.rate.with_label_values(labels),
                 prompt_tokens: families.prompt_tokens.with_label_values(labels),
+                cached_tokens: families.cached_tokens.with_label_values(labels),
                 generation_tokens: families.generation_tokens.with_label_values(labels),
             });
             families
@@ -270,6 +278,7 @@ impl Drop for Record {
         }
         if let Some(usage) = exchange.usage() {
             served.prompt_tokens.inc_by(usage.prompt_tokens);
+            served.cached_tokens.inc_by(usage.cached_tokens());
             served.generation_tokens.inc_by(usage.completion_tokens);
             let writing = total - first.unwrap_or_default();
             if usage.completion_tokens > 0 && !writing.is_zero() {

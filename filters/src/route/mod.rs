@@ -1,16 +1,43 @@
 //! Which of the nodes that can serve a request gets it.
 
 use crate::{Body, Exchange, Failure, Request, Response, ResponseFuture};
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
+use node::{InFlight, Standing, Trial};
+use prometheus::{IntCounter, IntCounterVec, Opts, Registry};
 use protocol::{ApiError, ErrorKind};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use tower::{Layer, Service};
 
 mod least_loaded;
+mod node;
+mod prefix_affinity;
+mod prefix_tree;
 mod round_robin;
+mod session;
+
+pub use node::{Breaker, NodeLoad, Replica, now};
+pub use prefix_tree::owner as seen_as;
+
+/// How requests get into a node.
+#[derive(Debug, Default, PartialEq)]
+pub struct Access {
+    /// What stands before every path; empty for nodes of our own.
+    pub prefix: String,
+    /// The value of the `authorization` header, where one is needed.
+    pub authorization: Option<Secret>,
+}
+
+/// Text that is not to be logged.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
+    }
+}
 
 /// A node as something to send requests to.
 #[derive(Debug)]
@@ -23,34 +50,12 @@ pub struct Endpoint {
     pub authority: Arc<str>,
     /// Whether to speak TLS.
     pub tls: bool,
+    /// Its share of requests beside nodes of weight 1; at least 1.
+    pub weight: u32,
+    /// How requests get in.
+    pub access: Arc<Access>,
     /// Counts that outlive any one view of the fleet.
     pub load: Arc<NodeLoad>,
-}
-
-/// What this gateway itself sees of a node.
-#[derive(Debug, Default)]
-pub struct NodeLoad {
-    in_flight: AtomicUsize,
-    failing: AtomicBool,
-}
-
-impl NodeLoad {
-    /// Requests on their way there or being answered.
-    #[must_use]
-    pub fn in_flight(&self) -> usize {
-        self.in_flight.load(Ordering::Relaxed)
-    }
-
-    /// Whether the last contact failed; such a node is asked only when there is no other.
-    #[must_use]
-    pub fn is_failing(&self) -> bool {
-        self.failing.load(Ordering::Relaxed)
-    }
-
-    /// Notes how the last contact went. `true` if that is news.
-    pub fn set_failing(&self, failing: bool) -> bool {
-        self.failing.swap(failing, Ordering::Relaxed) != failing
-    }
 }
 
 /// A node that can serve a request, as seen when the request asked.
@@ -58,46 +63,166 @@ impl NodeLoad {
 pub struct Candidate {
     /// Where it is.
     pub endpoint: Arc<Endpoint>,
-    /// Requests the node itself counted at the last poll, those of other gateways included.
-    pub reported: usize,
+    /// The model there, as this gateway uses it.
+    pub replica: Arc<Replica>,
+    /// Requests of others that the node counted at the last poll.
+    pub foreign: usize,
+    /// What [`seen_as`] calls this node with this load of the model.
+    pub seen_as: u32,
 }
 
 impl Candidate {
-    fn load(&self) -> (bool, usize) {
-        let load = &self.endpoint.load;
-        (load.is_failing(), load.in_flight().max(self.reported))
+    fn load(&self) -> usize {
+        self.endpoint.load.in_flight() + self.foreign
+    }
+
+    fn weight(&self) -> usize {
+        self.endpoint.weight as usize
+    }
+
+    /// How full it will be with one more request.
+    fn pressure(&self) -> f64 {
+        (self.load() + 1) as f64 / self.weight() as f64
+    }
+
+    fn is_lighter_than(&self, other: &Self) -> bool {
+        (self.load() + 1) * other.weight() < (other.load() + 1) * self.weight()
     }
 }
 
 /// Chooses among candidates.
 pub trait RoutingPolicy: Send + Sync + 'static {
-    /// The index of the one to ask; `None` when there is none to choose from.
-    fn pick(&self, exchange: &Exchange, candidates: &[&Candidate]) -> Option<usize>;
+    /// The one to ask. There is always one.
+    fn pick(&self, request: &Request, candidates: &[&Candidate]) -> Pick;
+}
+
+/// The choice of a policy.
+#[derive(Debug, Clone, Copy)]
+pub struct Pick {
+    /// Which of the candidates.
+    pub index: usize,
+    /// Why that one.
+    pub how: How,
+}
+
+/// Why a node was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// There was no other.
+    Only,
+    /// It has the session.
+    Session,
+    /// It has seen the beginning of the prompt.
+    Prefix,
+    /// It was less loaded.
+    Load,
+    /// It was its turn.
+    Turn,
+}
+
+impl How {
+    const ALL: [Self; 5] = [
+        Self::Only,
+        Self::Session,
+        Self::Prefix,
+        Self::Load,
+        Self::Turn,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Only => "only",
+            Self::Session => "session",
+            Self::Prefix => "prefix",
+            Self::Load => "load",
+            Self::Turn => "turn",
+        }
+    }
 }
 
 /// Names that configuration may use.
-pub const POLICIES: [&str; 2] = ["least_loaded", "round_robin"];
+pub const POLICIES: [&str; 3] = ["least_loaded", "prefix_affinity", "round_robin"];
 
-/// The policy with this name.
-#[must_use]
-pub fn by_name(name: &str) -> Option<Arc<dyn RoutingPolicy>> {
-    match name {
-        "least_loaded" => Some(Arc::new(least_loaded::LeastLoaded)),
-        "round_robin" => Some(Arc::new(round_robin::RoundRobin::default())),
-        _ => None,
+/// How nodes are chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routing {
+    /// One of [`POLICIES`].
+    pub policy: String,
+    /// The header whose value names a session; `None` looks for none.
+    pub session_header: Option<HeaderName>,
+    /// How many times fuller than the emptiest a node may be and still get its sessions and prompts.
+    pub overload: f64,
+    /// Pieces of prompts that `prefix_affinity` remembers.
+    pub prefixes: usize,
+    /// When a node is passed over.
+    pub breaker: Breaker,
+}
+
+impl Routing {
+    /// The policy it names; `None` if there is none of that name.
+    #[must_use]
+    pub fn policy(&self) -> Option<Arc<dyn RoutingPolicy>> {
+        match self.policy.as_str() {
+            "least_loaded" => Some(Arc::new(least_loaded::LeastLoaded)),
+            "prefix_affinity" => Some(Arc::new(prefix_affinity::PrefixAffinity::new(
+                self.prefixes,
+                self.overload,
+            ))),
+            "round_robin" => Some(Arc::new(round_robin::RoundRobin::default())),
+            _ => None,
+        }
+    }
+}
+
+/// Counts of choices. Cheap to clone; lives as long as the process.
+#[derive(Clone)]
+pub struct RouteMetrics {
+    picks: [IntCounter; How::ALL.len()],
+}
+
+impl RouteMetrics {
+    /// Makes the family and enters it in `registry`.
+    ///
+    /// # Panics
+    /// If `registry` already has it.
+    #[must_use]
+    pub fn new(registry: &Registry) -> Self {
+        let opts = Opts::new(
+            "cortex_route_picks_total",
+            "Choices of a node, by what decided",
+        );
+        let picks = IntCounterVec::new(opts, &["by"]).expect("name and label are constants");
+        registry
+            .register(Box::new(picks.clone()))
+            .expect("entered once");
+        Self {
+            picks: How::ALL.map(|how| picks.with_label_values(&[how.name()])),
+        }
     }
 }
 
 /// Puts [`Routed`] around a stack.
 #[derive(Clone)]
 pub struct RouteLayer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
     policy: Arc<dyn RoutingPolicy>,
+    routing: Routing,
+    metrics: RouteMetrics,
 }
 
 impl RouteLayer {
-    /// Chooses by `policy`.
-    pub fn new(policy: Arc<dyn RoutingPolicy>) -> Self {
-        Self { policy }
+    /// Chooses by `policy`, which is that of `routing` and may have been in use before.
+    pub fn new(policy: Arc<dyn RoutingPolicy>, routing: Routing, metrics: RouteMetrics) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                policy,
+                routing,
+                metrics,
+            }),
+        }
     }
 }
 
@@ -105,7 +230,7 @@ impl RouteLayer {
 #[derive(Clone)]
 pub struct Routed<S> {
     inner: S,
-    policy: Arc<dyn RoutingPolicy>,
+    shared: Arc<Shared>,
 }
 
 impl<S> Layer<S> for RouteLayer {
@@ -114,7 +239,7 @@ impl<S> Layer<S> for RouteLayer {
     fn layer(&self, inner: S) -> Routed<S> {
         Routed {
             inner,
-            policy: self.policy.clone(),
+            shared: self.shared.clone(),
         }
     }
 }
@@ -132,63 +257,197 @@ where
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let fresh: Vec<&Candidate> = request
-            .candidates
-            .iter()
-            .filter(|candidate| !request.exchange.has_tried(&candidate.endpoint.node))
-            .collect();
-        let Some(picked) = self.policy.pick(&request.exchange, &fresh) else {
+        let Some(attempt) = self.shared.choose(&request) else {
             let error = ApiError::new(ErrorKind::Unavailable, "no node can serve this model now");
             return Box::pin(std::future::ready(Err(error.into())));
         };
-        let endpoint = fresh[picked].endpoint.clone();
+        let endpoint = attempt.endpoint.clone();
         request.exchange.try_node(endpoint.node.clone());
-        let in_flight = InFlight::new(endpoint.load.clone());
         let node = HeaderValue::from_str(&endpoint.node);
         request.endpoint = Some(endpoint);
         let response = self.inner.call(request);
         Box::pin(async move {
-            let mut response = response.await?;
+            let response = response.await;
+            attempt.note(response.as_ref().err());
+            let mut response = response?;
             if let Ok(node) = node {
                 response
                     .headers_mut()
                     .insert(protocol::ext::NODE_HEADER, node);
             }
-            Ok(response.map(|body: Body| body.holding(in_flight)))
+            Ok(response.map(|body: Body| body.holding(attempt)))
         })
     }
 }
 
-/// Counts a request in flight while it is held.
-struct InFlight(Arc<NodeLoad>);
+impl Shared {
+    /// A node that this request has not asked yet, with the request counted in flight there.
+    fn choose(&self, request: &Request) -> Option<Attempt> {
+        let exchange = &request.exchange;
+        let untried = |candidate: &&Candidate| !exchange.has_tried(&candidate.endpoint.node);
+        if let [only] = &*request.candidates {
+            let pick = untried(&only).then_some(How::Only)?;
+            return self.begin(exchange, only, pick, true);
+        }
+        let mut fresh: Vec<&Candidate> = request.candidates.iter().filter(untried).collect();
+        let mut time = None;
+        let mut standing = |candidate: &Candidate| {
+            let now = || *time.get_or_insert_with(now);
+            candidate.endpoint.load.standing(now)
+        };
+        let best = fresh.iter().map(|candidate| standing(candidate)).min()?;
+        let mixed = fresh.iter().any(|candidate| standing(candidate) != best);
+        let last_resort: Vec<&Candidate> = if mixed {
+            let (better, worse) = fresh
+                .into_iter()
+                .partition(|candidate| standing(candidate) == best);
+            fresh = better;
+            worse
+        } else {
+            Vec::new() // if all are open: better to ask one than none
+        };
+        for (mut pool, desperate) in [(fresh, best == Standing::Open), (last_resort, true)] {
+            while !pool.is_empty() {
+                let Pick { index, how } = self.pick(request, &pool);
+                if let Some(attempt) = self.begin(exchange, pool[index], how, desperate) {
+                    return Some(attempt);
+                }
+                pool.swap_remove(index);
+            }
+        }
+        None
+    }
 
-impl InFlight {
-    fn new(load: Arc<NodeLoad>) -> Self {
-        load.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self(load)
+    fn pick(&self, request: &Request, candidates: &[&Candidate]) -> Pick {
+        if candidates.len() == 1 {
+            return Pick {
+                index: 0,
+                how: How::Only,
+            };
+        }
+        let header = self.routing.session_header.as_ref();
+        let session = header.and_then(|name| request.head.headers.get(name));
+        if let Some(session) = session.filter(|session| !session.is_empty()) {
+            let index = session::owner(session.as_bytes(), candidates);
+            let lightest = candidates
+                .iter()
+                .map(|node| node.pressure())
+                .fold(f64::INFINITY, f64::min);
+            if candidates[index].pressure() <= self.routing.overload * lightest {
+                let how = How::Session;
+                return Pick { index, how };
+            }
+        }
+        self.policy.pick(request, candidates)
+    }
+
+    /// Counts the request in. `None` when the model is leaving that node, or, unless `desperate`, when another request
+    /// is the trial of its circuit.
+    fn begin(
+        &self,
+        exchange: &Arc<Exchange>,
+        candidate: &Candidate,
+        how: How,
+        desperate: bool,
+    ) -> Option<Attempt> {
+        let in_flight = InFlight::enter(candidate)?;
+        let trial = candidate.endpoint.load.take_trial(&self.routing.breaker);
+        if trial == Trial::Missed && !desperate {
+            return None;
+        }
+        self.metrics.picks[how as usize].inc();
+        Some(Attempt {
+            endpoint: candidate.endpoint.clone(),
+            exchange: exchange.clone(),
+            breaker: self.routing.breaker,
+            trial: trial == Trial::Taken,
+            _in_flight: in_flight,
+        })
     }
 }
 
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+/// A request being answered by one node.
+struct Attempt {
+    endpoint: Arc<Endpoint>,
+    exchange: Arc<Exchange>,
+    breaker: Breaker,
+    trial: bool,
+    _in_flight: InFlight,
+}
+
+impl Attempt {
+    /// Notes how the answer began. A full or draining node does its work, and so does one that refuses nonsense.
+    fn note(&self, failure: Option<&Failure>) {
+        let load = &self.endpoint.load;
+        match failure.map(|failure| failure.error.kind) {
+            Some(ErrorKind::BadGateway | ErrorKind::GatewayTimeout | ErrorKind::Internal) => {
+                load.failed(self.trial, &self.breaker);
+            }
+            _ => load.succeeded(self.trial),
+        }
     }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if self.exchange.is_torn() {
+            self.endpoint.load.failed(false, &self.breaker);
+        }
+    }
+}
+
+/// How nodes are chosen in tests.
+#[cfg(test)]
+pub(crate) fn example_routing(policy: &str) -> Routing {
+    Routing {
+        policy: policy.into(),
+        session_header: Some(HeaderName::from_static("x-session-id")),
+        overload: 2.0,
+        prefixes: 1000,
+        breaker: Breaker {
+            failures: 3,
+            share: 0.5,
+            least: 100,
+            open: std::time::Duration::from_secs(3600),
+            longest: std::time::Duration::from_secs(3600),
+        },
+    }
+}
+
+/// A chat request with this body, for tests.
+#[cfg(test)]
+pub(crate) fn example_request(body: &str) -> Request {
+    let (head, ()) = http::Request::new(()).into_parts();
+    let request = Request::new(head, bytes::Bytes::copy_from_slice(body.as_bytes()));
+    request.exchange.set_target("m".into(), false);
+    request
 }
 
 #[cfg(test)]
 impl Candidate {
     /// A candidate for tests: a node with this name that is never reached.
     pub(crate) fn example(node: &str) -> Self {
+        Self::weighing(node, 1)
+    }
+
+    pub(crate) fn weighing(node: &str, weight: u32) -> Self {
         let endpoint = Endpoint {
             node: node.into(),
             address: SocketAddr::from(([127, 0, 0, 1], 1)),
             authority: "localhost:1".into(),
             tls: false,
+            weight,
+            access: Arc::default(),
             load: Arc::default(),
         };
         Self {
             endpoint: Arc::new(endpoint),
-            reported: 0,
+            replica: Arc::default(),
+            foreign: 0,
+            seen_as: seen_as(node, "m", 1),
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

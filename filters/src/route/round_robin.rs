@@ -1,7 +1,7 @@
-//! One node after the other, whatever they do; nodes whose last contact failed come last.
+//! One node after the other, whatever they do; a node of weight 2 has two turns.
 
-use super::{Candidate, RoutingPolicy};
-use crate::Exchange;
+use super::{Candidate, How, Pick, RoutingPolicy};
+use crate::Request;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// See the module.
@@ -11,32 +11,36 @@ pub(super) struct RoundRobin {
 }
 
 impl RoutingPolicy for RoundRobin {
-    fn pick(&self, _: &Exchange, candidates: &[&Candidate]) -> Option<usize> {
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        (0..candidates.len())
-            .map(|step| turn.wrapping_add(step) % candidates.len())
-            .min_by_key(|&index| candidates[index].endpoint.load.is_failing())
+    fn pick(&self, _: &Request, candidates: &[&Candidate]) -> Pick {
+        let turns: usize = candidates.iter().map(|node| node.weight()).sum();
+        let mut turn = self.turn.fetch_add(1, Ordering::Relaxed) % turns.max(1);
+        let mut index = 0;
+        while let Some(left) = turn.checked_sub(candidates[index].weight()) {
+            (turn, index) = (left, index + 1);
+        }
+        Pick {
+            index,
+            how: How::Turn,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::route::example_request;
 
     #[test]
-    fn every_healthy_node_has_its_turn() {
-        let (head, ()) = http::Request::new(()).into_parts();
-        let exchange = Exchange::open(&head);
-        let nodes = ["a", "b", "c"].map(Candidate::example);
-        nodes[1].endpoint.load.set_failing(true);
+    fn every_node_has_its_turns() {
+        let nodes = [
+            Candidate::example("a"),
+            Candidate::weighing("b", 2),
+            Candidate::example("c"),
+        ];
         let all: Vec<&Candidate> = nodes.iter().collect();
         let policy = RoundRobin::default();
-        let picks: Vec<_> = (0..6)
-            .filter_map(|_| policy.pick(&exchange, &all))
-            .collect();
-        assert!(
-            picks.contains(&0) && picks.contains(&2) && !picks.contains(&1),
-            "{picks:?}"
-        );
+        let request = example_request("");
+        let picks: Vec<_> = (0..8).map(|_| policy.pick(&request, &all).index).collect();
+        assert_eq!(picks, [0, 1, 1, 2, 0, 1, 1, 2]);
     }
 }

@@ -3,6 +3,7 @@
 use super::ApiState;
 use super::body::{self, Field, is};
 use super::failure::{Failure, load_refused};
+use crate::devices;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -24,6 +25,11 @@ const LOAD_FIELDS: &[Field] = &[
         "quant",
         is::<Option<WeightFormat>>,
         "one of f32, f16, bf16, q8_0, q6_k, q5_k, q4_k",
+    ),
+    (
+        "devices",
+        is::<Vec<String>>,
+        "a list of ids of GET /discovery",
     ),
 ];
 
@@ -75,8 +81,23 @@ pub(super) async fn load(
         let message = "`context_length` must be 1 or more";
         return Err(ApiError::invalid("context_length", message).into());
     }
+    check_devices(&wanted.devices)?;
     let status = state.residency.load(wanted).map_err(load_refused)?;
     Ok((StatusCode::ACCEPTED, Json(status)))
+}
+
+/// Models are loaded on the default device alone: anything else would not be where the caller counts on it.
+fn check_devices(wanted: &[String]) -> Result<(), ApiError> {
+    let here = devices::id_of(&devices::default_device());
+    let refuse = |message: String| Err(ApiError::invalid("devices", message));
+    match wanted {
+        [] => Ok(()),
+        [one] if *one == here => Ok(()),
+        [one] => refuse(format!(
+            "there is no device `{one}` here to load models on, only `{here}`"
+        )),
+        _ => refuse("this neuron does not share a model among devices yet".into()),
+    }
 }
 
 /// `POST /models/unload`: answers at once.

@@ -31,6 +31,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
         source: fixture().to_str().unwrap().into(),
         context_length: None,
         quant: None,
+        devices: Vec::new(),
     };
     residency.load(wanted).unwrap();
     residency

@@ -130,5 +130,6 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             endpoint: environment::hub_endpoint(),
         },
         log,
+        join: None,
     })
 }

@@ -31,6 +31,11 @@ pub(super) fn hub_token(cache: &Path) -> Option<String> {
     (!token.is_empty()).then(|| token.to_owned())
 }
 
+/// `NEURON_JOIN_TOKEN`: what a gateway wants to be told by who joins it. Arguments can be seen by every user of a host.
+pub(super) fn join_token() -> Option<String> {
+    env::var("NEURON_JOIN_TOKEN").ok()
+}
+
 /// `HF_HUB_OFFLINE`, true for anything but `0` and nothing.
 pub(super) fn hub_offline() -> bool {
     env::var("HF_HUB_OFFLINE").is_ok_and(|value| !matches!(value.as_str(), "" | "0"))

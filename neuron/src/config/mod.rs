@@ -6,6 +6,7 @@ mod check;
 mod environment;
 mod settings;
 
+use crate::join::Gateway;
 pub use check::ConfigError;
 pub use environment::log_filter;
 use protocol::node::WeightFormat;
@@ -32,6 +33,8 @@ pub struct Config {
     pub hub: HubConfig,
     /// How log lines look.
     pub log: LogFormat,
+    /// The gateway to join; the command line alone says so.
+    pub join: Option<Gateway>,
 }
 
 /// A model to load at start.
@@ -99,6 +102,29 @@ impl Config {
     /// When the defaults cannot be met on this host, for example without a home folder.
     pub fn default_on_this_host() -> Result<Self, ConfigError> {
         check::check(Settings::default(), Path::new("defaults"))
+    }
+
+    /// Has the host join the gateway at `authority`. Without a token, `NEURON_JOIN_TOKEN` holds it.
+    ///
+    /// # Errors
+    /// When there is no token.
+    pub fn set_join(
+        &mut self,
+        authority: &str,
+        token: Option<&str>,
+        advertise: Option<&str>,
+    ) -> Result<(), ConfigError> {
+        let token = token.map(str::to_owned).or_else(environment::join_token);
+        let token = token.ok_or_else(|| {
+            let remedy = "needs a token; give --token or set NEURON_JOIN_TOKEN";
+            ConfigError::new(Path::new("arguments"), "--join", remedy)
+        })?;
+        self.join = Some(Gateway {
+            authority: authority.into(),
+            token,
+            advertise: advertise.map(str::to_owned),
+        });
+        Ok(())
     }
 
     /// Reads and checks `file`.

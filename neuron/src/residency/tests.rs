@@ -42,6 +42,7 @@ fn wanted(id: &str, source: &str) -> LoadModel {
         source: source.into(),
         context_length: None,
         quant: None,
+        devices: Vec::new(),
     }
 }
 

@@ -1,10 +1,12 @@
 //! What the gateway is to do: the files as written ([`settings`]), and what they mean ([`Config`]).
 
 use crate::responses::Bounds;
-use filters::route::RoutingPolicy;
+use filters::retry::Retries;
+use filters::route::{Access, Routing, RoutingPolicy, Secret};
+use filters::sampling::Defaults;
 use http::HeaderValue;
 use protocol::node::WeightFormat;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,9 +15,10 @@ use std::time::Duration;
 mod check;
 pub(crate) mod settings;
 
-pub(crate) use check::Fault;
+pub(crate) use check::{Fault, endpoint};
 
 /// Everything the gateway needs to know, checked. Durations and sizes are values here, names are resolved.
+#[derive(Clone)]
 pub(crate) struct Config {
     pub(crate) listen: SocketAddr,
     pub(crate) metrics_listen: SocketAddr,
@@ -27,24 +30,38 @@ pub(crate) struct Config {
     pub(crate) max_body: usize,
     /// Requests that may wait for models to load.
     pub(crate) max_waiting: usize,
-    /// Nodes asked for one request, the first included.
-    pub(crate) attempts: usize,
-    pub(crate) routing: Arc<dyn RoutingPolicy>,
+    pub(crate) retries: Retries,
+    pub(crate) routing: Routing,
+    /// That of `routing`; a reload keeps it where `routing` stays as it was, with all it remembers.
+    pub(crate) policy: Arc<dyn RoutingPolicy>,
     /// Pages that may talk to the gateway, if any.
     pub(crate) cors: Option<Cors>,
     pub(crate) timeouts: Timeouts,
     /// How long running requests may go on after SIGTERM.
     pub(crate) drain: Duration,
     pub(crate) poll: Poll,
+    /// `None`: nodes may not join by themselves.
+    pub(crate) joining: Option<Joining>,
     pub(crate) eviction: Eviction,
+    pub(crate) replicas: Replicas,
     pub(crate) responses: Responses,
     pub(crate) neurons: Vec<Neuron>,
     /// By id.
     pub(crate) models: BTreeMap<Arc<str>, Model>,
+    /// Names that stand for the first of several models that can be had.
+    pub(crate) fallbacks: HashMap<Arc<str>, Vec<Arc<str>>>,
+    /// What holds for a model where a request does not say.
+    pub(crate) sampling: Defaults,
     /// The model `cortex up` loads.
     pub(crate) default_model: Option<Arc<str>>,
-    /// Files it was read from, to be looked at again on reload.
+    /// The file it was read from, to be read again on reload.
     pub(crate) file: Option<PathBuf>,
+    /// All files that it depends on.
+    pub(crate) files: Vec<PathBuf>,
+    /// How often these are looked at for changes, if ever.
+    pub(crate) watch: Option<Duration>,
+    /// Where listening sockets are handed to the next process.
+    pub(crate) upgrade_socket: PathBuf,
 }
 
 /// A listener in TLS.
@@ -82,6 +99,10 @@ pub(crate) struct Timeouts {
 pub(crate) struct Poll {
     pub(crate) period: Duration,
     pub(crate) timeout: Duration,
+    /// Share of the period by which each one is longer or shorter, by chance.
+    pub(crate) jitter: f64,
+    /// Polls in a row that a node that was down has to answer to count as up.
+    pub(crate) up_after: u32,
     /// Failed polls in a row after which a node counts as down.
     pub(crate) down_after: u32,
 }
@@ -103,6 +124,17 @@ pub(crate) enum Strategy {
     Priority,
 }
 
+/// When a model that may have several replicas gets another one, and when one goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Replicas {
+    /// Requests in flight to a replica above which there are too few of them.
+    pub(crate) above: usize,
+    /// How long that has to last.
+    pub(crate) after: Duration,
+    /// How long the others have to be able to do its work at half of `above`.
+    pub(crate) retire_after: Duration,
+}
+
 /// How responses are kept, so that clients may go on from them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Responses {
@@ -111,13 +143,37 @@ pub(crate) struct Responses {
     pub(crate) path: Option<PathBuf>,
 }
 
-/// A node by its address.
+/// How nodes join by themselves.
 #[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Joining {
+    /// What they have to know.
+    pub(crate) token: Secret,
+    /// How long they stay without joining again.
+    pub(crate) lease: Duration,
+}
+
+/// What a node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One of ours: it can be told to load and unload.
+    Neuron,
+    /// A server that speaks OpenAI and has these models whatever we do; those that it lists where there are none.
+    OpenAi { models: Vec<Arc<str>> },
+}
+
+/// A node by its address.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Neuron {
     pub(crate) name: Arc<str>,
     /// Host and port.
     pub(crate) authority: Arc<str>,
     pub(crate) tls: bool,
+    /// Its share of requests beside nodes of weight 1.
+    pub(crate) weight: u32,
+    /// Every address that its name stands for is a node.
+    pub(crate) all_addresses: bool,
+    pub(crate) kind: Kind,
+    pub(crate) access: Arc<Access>,
 }
 
 /// A model of the catalogue.
@@ -125,15 +181,32 @@ pub(crate) struct Neuron {
 pub(crate) struct Model {
     /// A folder on the node, or a hub id.
     pub(crate) source: String,
-    /// Bytes it takes on a device; `None` while nobody has said.
+    /// Bytes it takes, over all its devices; `None` where nobody has said.
     pub(crate) memory: Option<u64>,
+    /// Devices of one node that share it, evenly.
+    pub(crate) tensor_parallel: usize,
+    /// Devices that a node must have to get it.
+    pub(crate) min_devices: usize,
     pub(crate) context_length: Option<u64>,
     pub(crate) quant: Option<WeightFormat>,
     /// Loaded at start and never evicted.
     pub(crate) pinned: bool,
+    /// Nodes that have it loaded at start and never evict it; no other gets it. Empty is wherever there is room.
+    pub(crate) pinned_on: Vec<Arc<str>>,
+    /// It is let go when nobody has used it for so long; `None` is never, as long as nobody needs the room.
+    pub(crate) keep_alive: Option<Duration>,
+    /// Nodes that may serve it at a time.
+    pub(crate) max_replicas: usize,
     /// Higher stays longer under the strategy `priority`.
     pub(crate) priority: i32,
     pub(crate) aliases: Vec<Arc<str>>,
+}
+
+impl Model {
+    /// Whether it is loaded at start and never evicted.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pinned || !self.pinned_on.is_empty()
+    }
 }
 
 impl Config {
@@ -179,6 +252,12 @@ impl Config {
         settings.neurons = vec![settings::Neuron {
             name: "local".into(),
             endpoint: format!("http://{neuron}"),
+            weight: 1,
+            all_addresses: false,
+            kind: String::new(),
+            models: Vec::new(),
+            api_key_env: String::new(),
+            api_key_file: PathBuf::new(),
         }];
         let models = match model {
             Some(model) => Some((PathBuf::from("--model"), one_model(model))),
@@ -212,15 +291,22 @@ fn one_model(model: &str) -> settings::ModelsFile {
         id: id.clone(),
         source,
         memory: None,
+        tensor_parallel: 1,
+        min_devices: 1,
         context_length: None,
         quant: None,
         pinned: false,
+        pinned_on: Vec::new(),
+        keep_alive: None,
+        max_replicas: 1,
         priority: 0,
         aliases: Vec::new(),
+        sampling: BTreeMap::new(),
     };
     settings::ModelsFile {
         default: Some(id),
         models: vec![entry],
+        aliases: Vec::new(),
     }
 }
 
@@ -228,6 +314,12 @@ fn one_model(model: &str) -> settings::ModelsFile {
 #[allow(clippy::disallowed_methods)] // this is the place that reads the environment
 pub(crate) fn log_filter() -> Option<String> {
     std::env::var("CORTEX_LOG").ok()
+}
+
+/// What the environment holds under this name, for keys of foreign servers.
+#[allow(clippy::disallowed_methods)] // this is the place that reads the environment
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
 /// The cargo that started this process, if one did.

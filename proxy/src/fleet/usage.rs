@@ -1,7 +1,7 @@
 //! Who uses a model right now, so that it is not taken away from under them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 /// Counts the requests that use a model. One per model, for the life of the process.
 #[derive(Debug, Default)]
@@ -9,8 +9,6 @@ pub(crate) struct ModelUse {
     active: AtomicUsize,
     /// It is being evicted: new requests have to wait for a new load.
     leaving: AtomicBool,
-    /// When the last use ended, on [`tick`]'s clock.
-    last_used: AtomicU64,
 }
 
 impl ModelUse {
@@ -40,10 +38,6 @@ impl ModelUse {
     pub(crate) fn active(&self) -> usize {
         self.active.load(SeqCst)
     }
-
-    pub(crate) fn last_used(&self) -> u64 {
-        self.last_used.load(SeqCst)
-    }
 }
 
 /// A use of a model; ends when dropped.
@@ -52,15 +46,8 @@ pub(crate) struct UseGuard(Arc<ModelUse>);
 
 impl Drop for UseGuard {
     fn drop(&mut self) {
-        self.0.last_used.store(tick(), SeqCst);
         self.0.active.fetch_sub(1, SeqCst);
     }
-}
-
-/// A clock that only orders: each call gives more than the one before, so no two uses end at once.
-fn tick() -> u64 {
-    static TICKS: AtomicU64 = AtomicU64::new(1);
-    TICKS.fetch_add(1, SeqCst)
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! What the lifecycle does to nodes: the only calls that load and unload.
 
+use super::placement::Reason;
 use crate::fleet::Fleet;
 use crate::pingora::client::{Client, ClientError, Outgoing};
 use bytes::Bytes;
-use filters::route::Endpoint;
+use filters::route::{Endpoint, Replica};
 use http::Method;
 use protocol::ApiError;
 use protocol::node::{LoadModel, ModelState, NodeModels, UnloadModel};
@@ -15,13 +16,15 @@ use tokio::time::{sleep, timeout};
 /// How often a node is asked how far it is.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// A change to one node: some models leave, then perhaps one comes.
+/// A [`Change`](super::placement::Change) as it is carried out.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) node: Arc<str>,
     pub(super) endpoint: Arc<Endpoint>,
-    pub(super) evict: Vec<Arc<str>>,
+    /// Models that leave; nobody new is sent to them.
+    pub(super) evict: Vec<(Arc<str>, Arc<Replica>)>,
     pub(super) load: Option<LoadModel>,
+    pub(super) reason: Reason,
     pub(super) deadline: Duration,
 }
 
@@ -45,7 +48,10 @@ pub(super) enum Failed {
 /// Carries `job` out, and leaves the fleet's view up to date.
 pub(super) async fn carry_out(client: &Client, fleet: &Fleet, job: &Job) -> Result<(), Failed> {
     let change = async {
-        for model in &job.evict {
+        for (model, replica) in &job.evict {
+            while replica.in_flight() > 0 {
+                sleep(LOOK).await; // what runs there may end
+            }
             unload(client, &job.endpoint, model).await?;
         }
         match &job.load {

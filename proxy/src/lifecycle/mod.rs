@@ -6,11 +6,13 @@ use crate::pingora::client::Client;
 use arc_swap::ArcSwap;
 use effects::{Failed, Job};
 use filters::residency::{Lease, Leasing, Residency};
-use placement::Circumstances;
-use prometheus::{Histogram, HistogramOpts, IntCounterVec, Opts, Registry};
+use filters::route::{self, Replica};
+use placement::{Change, Use, World};
+use prometheus::core::Collector;
+use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry};
 use protocol::node::LoadModel;
 use protocol::{ApiError, ErrorKind};
-use schedule::{Decision, Refusal};
+use schedule::{Ended, Hands, Refusal, Schedule};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,13 +21,16 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, timeout};
 
+#[cfg(test)]
+mod day;
 mod effects;
 mod eviction;
 mod placement;
+pub(crate) mod plan;
 mod schedule;
+#[cfg(test)]
+mod tests;
 
-/// After a failed load, how long the model is not tried on that node again.
-const BACKOFF: Duration = Duration::from_secs(10);
 /// How often the loop looks around on its own.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -39,29 +44,40 @@ pub(crate) struct Lifecycle {
     inbox: Mutex<Option<mpsc::UnboundedReceiver<Want>>>,
     /// Requests that wait for a load; bounded by `gateway.max_waiting`.
     waiting: Arc<AtomicUsize>,
+    /// Models that were refused lately, and until when that counts.
+    hopeless: Mutex<HashMap<Arc<str>, Instant>>,
     metrics: Metrics,
 }
 
 /// A request that waits for a model.
 struct Want {
     model: Arc<str>,
-    reply: oneshot::Sender<Result<Lease, Refusal>>,
+    reply: Waiter,
 }
+
+type Waiter = oneshot::Sender<Result<Lease, Refusal>>;
 
 struct Metrics {
     loads: IntCounterVec,
     evictions: IntCounterVec,
     load_seconds: Histogram,
+    waiting: IntGauge,
 }
 
 impl Metrics {
     fn new(registry: &Registry) -> Self {
-        let counter = |name, help, labels: &[&str]| {
-            let family = IntCounterVec::new(Opts::new(name, help), labels).expect("constants");
+        fn enter<C: Collector + Clone + 'static>(
+            registry: &Registry,
+            family: prometheus::Result<C>,
+        ) -> C {
+            let family = family.expect("names and labels are constants");
             registry
                 .register(Box::new(family.clone()))
                 .expect("one lifecycle a registry");
             family
+        }
+        let counter = |name, help, labels: &[&str]| {
+            enter(registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
         let opts = HistogramOpts::new(
             "cortex_model_load_seconds",
@@ -70,10 +86,6 @@ impl Metrics {
         .buckets(vec![
             0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
         ]);
-        let load_seconds = Histogram::with_opts(opts).expect("constants");
-        registry
-            .register(Box::new(load_seconds.clone()))
-            .expect("one lifecycle a registry");
         Self {
             loads: counter(
                 "cortex_model_loads_total",
@@ -82,25 +94,19 @@ impl Metrics {
             ),
             evictions: counter(
                 "cortex_model_evictions_total",
-                "Models this gateway had unloaded, for room or for defragmentation",
+                "Models this gateway had unloaded: for room, when idle, as a replica too many, for defragmentation",
                 &["model", "node", "reason"],
             ),
-            load_seconds,
+            load_seconds: enter(registry, Histogram::with_opts(opts)),
+            waiting: enter(
+                registry,
+                IntGauge::new(
+                    "cortex_requests_waiting",
+                    "Requests that wait for a model to be loaded",
+                ),
+            ),
         }
     }
-}
-
-/// What the loop remembers between two looks.
-#[derive(Default)]
-struct State {
-    /// Wanted models and who waits for them. Pinned ones are wanted by nobody in particular.
-    wanted: HashMap<Arc<str>, Vec<oneshot::Sender<Result<Lease, Refusal>>>>,
-    /// Nodes being changed, and the model that is to come there; one change a node at a time.
-    changing: HashMap<Arc<str>, Option<Arc<str>>>,
-    /// Model and node of lately failed loads, and until when they count.
-    failed: HashMap<(Arc<str>, Arc<str>), (Instant, String)>,
-    /// Loads by node since it was last cleared.
-    cycles: HashMap<Arc<str>, u32>,
 }
 
 /// A change that has ended.
@@ -125,8 +131,16 @@ impl Lifecycle {
             wants,
             inbox: Mutex::new(Some(inbox)),
             waiting: Arc::default(),
+            hopeless: Mutex::default(),
             metrics: Metrics::new(registry),
         })
+    }
+
+    /// Whether `model` was asked for lately and could not be had.
+    pub(crate) fn is_hopeless(&self, model: &str) -> bool {
+        let mut hopeless = self.hopeless.lock().unwrap_or_else(PoisonError::into_inner);
+        hopeless.retain(|_, until| *until > Instant::now());
+        hopeless.contains_key(model)
     }
 
     /// The loop. Runs until dropped; a second call returns at once.
@@ -139,244 +153,227 @@ impl Lifecycle {
         else {
             return;
         };
-        let mut state = State::default();
+        let mut schedule: Schedule<Waiter> = Schedule::default();
         let mut jobs: JoinSet<Done> = JoinSet::new();
         let mut tick = interval(TICK);
         loop {
             tokio::select! {
                 Some(want) = inbox.recv() => {
-                    state.wanted.entry(want.model).or_default().push(want.reply);
+                    schedule.want(want.model, want.reply);
+                    // all that came together are decided about together
+                    while let Ok(want) = inbox.try_recv() {
+                        schedule.want(want.model, want.reply);
+                    }
                 }
-                Some(done) = jobs.join_next() => self.finish(&mut state, done.expect("jobs do not panic")),
+                Some(done) = jobs.join_next() => {
+                    self.finish(&mut schedule, done.expect("jobs do not panic"));
+                }
                 () = self.fleet.changed() => {}
                 _ = tick.tick() => {}
             }
-            self.settle(&mut state, &mut jobs);
+            let (config, view) = (self.config.load_full(), self.fleet.view());
+            let world = World {
+                config: &config,
+                nodes: &view.nodes,
+                now: route::now(),
+                usage: &|node, model| usage(&view, node, model),
+                leases: &|model| view.served(model).map_or(0, |served| served.usage.active()),
+            };
+            let mut hands = Reach {
+                lifecycle: self,
+                config: &config,
+                view: &view,
+                jobs: &mut jobs,
+            };
+            schedule.step(&world, &mut hands);
         }
     }
 
-    /// Decides about every wanted model, and about nodes that are due for clearing.
-    fn settle(self: &Arc<Self>, state: &mut State, jobs: &mut JoinSet<Done>) {
-        let config = self.config.load_full();
-        state.failed.retain(|_, (until, _)| *until > Instant::now());
-        for (id, _) in config.models.iter().filter(|(_, model)| model.pinned) {
-            state.wanted.entry(id.clone()).or_default();
-        }
-        let models: Vec<Arc<str>> = state.wanted.keys().cloned().collect();
-        for model in models {
+    fn finish(&self, schedule: &mut Schedule<Waiter>, done: Done) {
+        let Done { job, took, result } = done;
+        let node = &*job.node;
+        for (model, replica) in &job.evict {
+            replica.stay();
+            // the model as a whole may still be leaving: another node's change says so when it ends
             let view = self.fleet.view();
-            match self.decide(&model, state, &config, &view) {
-                Decision::Serve => {
-                    let served = view.served(&model).expect("the decision saw it served");
-                    let waiters = state.wanted.remove(&model).unwrap_or_default();
-                    for waiter in waiters {
-                        match lease(served) {
-                            Some(lease) => drop(waiter.send(Ok(lease))), // a waiter may have left
-                            None => state.wanted.entry(model.clone()).or_default().push(waiter),
-                        }
-                    }
-                }
-                Decision::Load { node, evict } => {
-                    self.begin(state, jobs, &config, &view, &node, evict, Some(&model));
-                }
-                Decision::Wait => {
-                    if let Some(waiters) = state.wanted.get_mut(&model) {
-                        waiters.retain(|waiter| !waiter.is_closed());
-                        if waiters.is_empty() {
-                            state.wanted.remove(&model); // nobody is interested any more
-                        }
-                    }
-                }
-                Decision::Refuse(refusal) => {
-                    for waiter in state.wanted.remove(&model).unwrap_or_default() {
-                        let _ = waiter.send(Err(refusal.clone())); // a waiter may have left
-                    }
-                }
+            let leaves = view.served(model).is_some_and(|served| {
+                let mut replicas = served.candidates.iter();
+                replicas.any(|candidate| candidate.replica.is_leaving())
+            });
+            if !leaves {
+                self.fleet.usage(model).stay();
             }
+            let labels = &[&**model, node, job.reason.name()];
+            self.metrics.evictions.with_label_values(labels).inc();
         }
-        self.defragment(state, jobs, &config);
+        let loaded = job.load.as_ref().map(|load| load.id.as_str());
+        if let Some(model) = loaded {
+            let outcome = if result.is_ok() { "loaded" } else { "failed" };
+            let labels = &[model, node, outcome];
+            self.metrics.loads.with_label_values(labels).inc();
+        }
+        let seconds = took.as_secs_f64();
+        let model = loaded.unwrap_or_default();
+        match &result {
+            Ok(()) if loaded.is_some() => {
+                self.metrics.load_seconds.observe(seconds);
+                tracing::info!(node, model, seconds, "model loaded");
+            }
+            Ok(()) => tracing::info!(node, reason = job.reason.name(), "models unloaded"),
+            Err(error) => tracing::warn!(node, model, %error, "change failed"),
+        }
+        let evict: Vec<Arc<str>> = job.evict.iter().map(|(model, _)| model.clone()).collect();
+        schedule.ended(Ended {
+            node: &job.node,
+            load: loaded,
+            evict: &evict,
+            failure: result.err().map(|error| error.to_string()),
+            now: route::now(),
+        });
+    }
+}
+
+/// The schedule's hands on the real fleet.
+struct Reach<'a> {
+    lifecycle: &'a Lifecycle,
+    config: &'a Config,
+    view: &'a FleetView,
+    jobs: &'a mut JoinSet<Done>,
+}
+
+impl Reach<'_> {
+    /// Whether another node goes on serving `model` when `node` does not.
+    fn stays_elsewhere(&self, node: &str, model: &str) -> bool {
+        self.view.served(model).is_some_and(|served| {
+            let mut others = served.candidates.iter();
+            others.any(|other| *other.endpoint.node != *node && !other.replica.is_leaving())
+        })
     }
 
-    fn decide(
-        &self,
-        model: &Arc<str>,
-        state: &State,
-        config: &Config,
-        view: &FleetView,
-    ) -> Decision {
-        let last_failure = state.failed.iter().find(|((failed, _), _)| failed == model);
-        let circumstances = Circumstances {
-            config,
-            view,
-            usage: &|id| usage(view, id),
-            occupied: &|node| state.changing.contains_key(node),
-            failed_on: &|node| state.failed.contains_key(&(model.clone(), node.into())),
-        };
-        let under_way = state
-            .changing
-            .values()
-            .any(|coming| coming.as_ref() == Some(model));
-        schedule::decide(
-            model,
-            &circumstances,
-            under_way,
-            last_failure.map(|(_, (_, reason))| reason.as_str()),
-        )
+    fn leave_one(&self, node: &Arc<str>, model: &Arc<str>, drain: bool) -> bool {
+        let fleet = &self.lifecycle.fleet;
+        let replica = fleet.replica(node, model);
+        if self.stays_elsewhere(node, model) {
+            if drain {
+                replica.retire();
+                return true;
+            }
+            return replica.try_leave();
+        }
+        let usage = fleet.usage(model);
+        let free = usage.try_leave();
+        if free && !replica.try_leave() {
+            usage.stay();
+            return false;
+        }
+        free
+    }
+}
+
+impl Hands<Waiter> for Reach<'_> {
+    fn serve(&mut self, model: &Arc<str>, waiter: Waiter) -> Option<Waiter> {
+        match self.view.served(model).and_then(lease) {
+            Some(lease) => {
+                drop(waiter.send(Ok(lease))); // a waiter may have left
+                None
+            }
+            None => Some(waiter),
+        }
     }
 
-    /// Starts a change on `node`, if the models that have to go are still unused.
-    #[allow(clippy::too_many_arguments)] // the loop's own variables, passed on
-    fn begin(
-        self: &Arc<Self>,
-        state: &mut State,
-        jobs: &mut JoinSet<Done>,
-        config: &Config,
-        view: &FleetView,
-        node: &Arc<str>,
-        evict: Vec<Arc<str>>,
-        load: Option<&Arc<str>>,
-    ) {
-        let endpoint = view
-            .nodes
-            .iter()
-            .find(|known| known.name == *node)
-            .and_then(|known| known.endpoint.clone());
-        let Some(endpoint) = endpoint else { return };
-        for (index, model) in evict.iter().enumerate() {
-            if !self.fleet.usage(model).try_leave() {
-                evict[..index]
-                    .iter()
-                    .for_each(|model| self.fleet.usage(model).stay());
-                return;
+    fn refuse(&mut self, model: &Arc<str>, waiters: Vec<Waiter>, refusal: &Refusal) {
+        let lifecycle = self.lifecycle;
+        let until = Instant::now() + schedule::BACKOFF;
+        lifecycle
+            .hopeless
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(model.clone(), until);
+        for waiter in waiters {
+            let _ = waiter.send(Err(refusal.clone())); // a waiter may have left
+        }
+    }
+
+    fn has_left(&self, waiter: &Waiter) -> bool {
+        waiter.is_closed()
+    }
+
+    fn leave(&mut self, node: &Arc<str>, models: &[Arc<str>], drain: bool) -> bool {
+        for (index, model) in models.iter().enumerate() {
+            if !self.leave_one(node, model, drain) {
+                for left in &models[..index] {
+                    self.lifecycle.fleet.usage(left).stay();
+                    self.lifecycle.fleet.replica(node, left).stay();
+                }
+                return false;
             }
         }
-        state.changing.insert(node.clone(), load.cloned());
-        let load = load.and_then(|id| {
-            config.models.get(id).map(|model| LoadModel {
+        true
+    }
+
+    fn begin(&mut self, change: &Change) {
+        let fleet = &self.lifecycle.fleet;
+        let view = self.view.nodes.iter().find(|node| node.name == change.node);
+        let (view, endpoint) = view
+            .and_then(|node| Some((node, node.endpoint.clone()?)))
+            .expect("changes are made to nodes that can be reached");
+        let model = change.load.as_ref();
+        let load = model.and_then(|id| {
+            let model = self.config.models.get(id)?;
+            // where there is no choice, none is made: older nodes know of none
+            let devices = if view.devices.len() > 1 && change.share.is_some() {
+                change.devices.iter().map(ToString::to_string).collect()
+            } else {
+                Vec::new()
+            };
+            Some(LoadModel {
                 id: id.to_string(),
                 source: model.source.clone(),
                 context_length: model.context_length,
                 quant: model.quant,
+                devices,
             })
         });
+        let evict = change.evict.iter();
+        let evict: Vec<(Arc<str>, Arc<Replica>)> = evict
+            .map(|model| (model.clone(), fleet.replica(&change.node, model)))
+            .collect();
         tracing::info!(
-            node = &**node,
-            load = load.as_ref().map(|load| load.id.as_str()),
-            ?evict,
+            node = &*change.node,
+            load = model.map(|id| &**id),
+            evict = ?change.evict,
+            devices = ?change.devices,
+            reason = change.reason.name(),
             "changing models"
         );
         let job = Job {
-            node: node.clone(),
+            node: change.node.clone(),
             endpoint,
             evict,
             load,
-            deadline: config.timeouts.load,
+            reason: change.reason,
+            deadline: self.config.timeouts.load,
         };
-        let (client, fleet) = (self.client.clone(), self.fleet.clone());
-        jobs.spawn(async move {
+        let (client, fleet) = (self.lifecycle.client.clone(), fleet.clone());
+        self.jobs.spawn(async move {
             let started = Instant::now();
             let result = effects::carry_out(&client, &fleet, &job).await;
-            Done {
-                job,
-                took: started.elapsed(),
-                result,
-            }
+            let took = started.elapsed();
+            Done { job, took, result }
         });
-    }
-
-    fn finish(&self, state: &mut State, done: Done) {
-        let Done { job, took, result } = done;
-        state.changing.remove(&job.node);
-        let reason = if job.load.is_some() {
-            "room"
-        } else {
-            "defragmentation"
-        };
-        for model in &job.evict {
-            self.fleet.usage(model).stay();
-            self.metrics
-                .evictions
-                .with_label_values(&[&**model, &job.node, reason])
-                .inc();
-        }
-        let outcome = if result.is_ok() { "loaded" } else { "failed" };
-        if let Some(load) = &job.load {
-            self.metrics
-                .loads
-                .with_label_values(&[&*load.id, &job.node, outcome])
-                .inc();
-            *state.cycles.entry(job.node.clone()).or_default() += 1;
-        }
-        match (result, job.load) {
-            (Ok(()), Some(load)) => {
-                self.metrics.load_seconds.observe(took.as_secs_f64());
-                tracing::info!(
-                    node = &*job.node,
-                    model = load.id,
-                    seconds = took.as_secs_f64(),
-                    "model loaded"
-                );
-            }
-            (Ok(()), None) => tracing::info!(node = &*job.node, "node cleared"),
-            (Err(error), load) => {
-                let model = load.map(|load| load.id).unwrap_or_default();
-                tracing::warn!(node = &*job.node, model, %error, "change failed");
-                let until = Instant::now() + BACKOFF;
-                state
-                    .failed
-                    .insert((model.into(), job.node), (until, error.to_string()));
-            }
-        }
-    }
-
-    /// Clears nodes that have seen many loads and serve nobody now, so that the next loads find unbroken memory.
-    fn defragment(self: &Arc<Self>, state: &mut State, jobs: &mut JoinSet<Done>, config: &Config) {
-        let limit = config.eviction.defrag_after_cycles;
-        if limit == 0 {
-            return;
-        }
-        let view = self.fleet.view();
-        let due: Vec<Arc<str>> = state
-            .cycles
-            .iter()
-            .filter(|(_, cycles)| **cycles >= limit)
-            .map(|(node, _)| node.clone())
-            .collect();
-        for name in due {
-            let Some(node) = view.nodes.iter().find(|node| node.name == name) else {
-                state.cycles.remove(&name);
-                continue;
-            };
-            let circumstances = Circumstances {
-                config,
-                view: &view,
-                usage: &|id| usage(&view, id),
-                occupied: &|_| false,
-                failed_on: &|_| false,
-            };
-            let residents = placement::residents(node, &circumstances);
-            let idle = residents.iter().all(|resident| !resident.kept);
-            if !idle
-                || residents.is_empty()
-                || state.changing.contains_key(&name)
-                || !state.wanted.is_empty()
-            {
-                continue;
-            }
-            state.cycles.remove(&name);
-            let all = residents
-                .into_iter()
-                .map(|resident| resident.model)
-                .collect();
-            self.begin(state, jobs, config, &view, &name, all, None);
-        }
     }
 }
 
-/// Requests that use `model` here, and when the last one ended.
-fn usage(view: &FleetView, model: &str) -> (usize, u64) {
-    view.served(model).map_or((0, 0), |served| {
-        (served.usage.active(), served.usage.last_used())
+/// How this gateway uses `model` on `node`.
+fn usage(view: &FleetView, node: &str, model: &str) -> Use {
+    let Some(served) = view.served(model) else {
+        return Use::default();
+    };
+    let there = |candidate: &&route::Candidate| *candidate.endpoint.node == *node;
+    let replica = served.candidates.iter().find(there);
+    replica.map_or_else(Use::default, |candidate| Use {
+        active: candidate.replica.in_flight(),
+        last_used: candidate.replica.last_used(),
     })
 }
 
@@ -400,7 +397,8 @@ impl Residency for Lifecycle {
         }
         let config = self.config.load();
         let deadline = config.timeouts.load;
-        let Some(place) = Waiting::enter(&self.waiting, config.max_waiting) else {
+        let gauge = self.metrics.waiting.clone();
+        let Some(place) = Waiting::enter(&self.waiting, gauge, config.max_waiting) else {
             let message = "too many requests wait for models to load";
             let full =
                 ApiError::new(ErrorKind::RateLimited, message).retry_after(Duration::from_secs(5));
@@ -433,17 +431,25 @@ impl Residency for Lifecycle {
 }
 
 /// A place among the requests that wait; given back when dropped.
-struct Waiting(Arc<AtomicUsize>);
+struct Waiting {
+    count: Arc<AtomicUsize>,
+    gauge: IntGauge,
+}
 
 impl Waiting {
-    fn enter(count: &Arc<AtomicUsize>, limit: usize) -> Option<Self> {
-        let place = Self(count.clone());
+    fn enter(count: &Arc<AtomicUsize>, gauge: IntGauge, limit: usize) -> Option<Self> {
+        gauge.inc();
+        let place = Self {
+            count: count.clone(),
+            gauge,
+        };
         (count.fetch_add(1, Ordering::Relaxed) < limit).then_some(place)
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.gauge.dec();
+        self.count.fetch_sub(1, Ordering::Relaxed);
     }
 }

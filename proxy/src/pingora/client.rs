@@ -325,9 +325,14 @@ fn to_wire(endpoint: &Endpoint, request: &Outgoing<'_>) -> [Bytes; 2] {
     let mut put = |text: &str| wire.extend_from_slice(text.as_bytes());
     put(request.method.as_str());
     put(" ");
+    put(&endpoint.access.prefix);
     put(request.path);
     put(" HTTP/1.1\r\nhost: ");
     put(&endpoint.authority);
+    if let Some(credential) = &endpoint.access.authorization {
+        put("\r\nauthorization: ");
+        put(&credential.0);
+    }
     for (name, value) in request.headers {
         put("\r\n");
         put(name);

@@ -1,5 +1,6 @@
 //! The only folder that names Pingora: sockets in, sockets out, and the process around them.
 
+pub(crate) mod certificates;
 pub(crate) mod client;
 pub(crate) mod downstream;
 mod pool;

@@ -1,17 +1,18 @@
 //! The process: listeners, background tasks, and how it ends.
 
+use super::certificates::{Certificates, Shown};
 use super::downstream::Gateway;
+use crate::admin;
 use crate::app::App;
 use crate::config::Tls;
 use async_trait::async_trait;
 use pingora_core::apps::http_app::ServeHttp;
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::protocols::http::ServerSession;
-use pingora_core::server::configuration::ServerConf;
+use pingora_core::server::configuration::{Opt, ServerConf};
 use pingora_core::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
-use pingora_core::tls::{ServerConfig, install_default_crypto_provider, load_certs_and_key_files};
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,6 +20,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
+
+/// Seconds that a new process waits for the sockets of the old one.
+const HANDOVER: usize = 30;
 
 /// Why the gateway cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,8 @@ pub(crate) enum Unavailable {
         address: SocketAddr,
         source: std::io::Error,
     },
+    #[error("cannot start: {0}")]
+    System(std::io::Error),
     #[error("cannot speak TLS on {address} with {}: {why}", certificate.display())]
     Tls {
         address: SocketAddr,
@@ -36,12 +42,16 @@ pub(crate) enum Unavailable {
     },
 }
 
-/// Runs the gateway until it is told to stop and has drained.
-pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
+/// Runs the gateway until it is told to stop and has drained. With `upgrade` it waits for the listening sockets of one
+/// that runs, which hands them over on SIGQUIT.
+pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
     let config = app.config();
     let tls = config.tls.as_ref();
     let addresses = [config.listen, config.metrics_listen].into_iter();
-    for address in addresses.chain(tls.map(|tls| tls.listen)) {
+    for address in addresses
+        .chain(tls.map(|tls| tls.listen))
+        .filter(|_| !upgrade)
+    {
         // Pingora panics in a thread of its own when a port is taken; here it is one line instead
         drop(
             TcpListener::bind(address)
@@ -51,16 +61,34 @@ pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
     let conf = ServerConf {
         threads: config.threads,
         graceful_shutdown_timeout_seconds: Some(1),
+        // after a hand-over, for what runs here
+        grace_period_seconds: Some(config.drain.as_secs()),
+        upgrade_sock: config.upgrade_socket.to_string_lossy().into_owned(),
+        upgrade_sock_connect_accept_max_retries: Some(HANDOVER),
         ..ServerConf::default()
     };
-    let mut server = Server::new_with_opt_and_conf(None, conf);
+    let opt = Opt {
+        upgrade,
+        ..Opt::default()
+    };
+    if upgrade {
+        // from its first moment on it has to know what the old one knows
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().build().map_err(Unavailable::System)?;
+        runtime.block_on(app.fleet.look_before());
+    }
+    let mut server = Server::new_with_opt_and_conf(Some(opt), conf);
     server.bootstrap();
 
     let gateway = Gateway::new(app.serving.clone(), app.draining.clone());
     let mut gateway = Service::new("gateway".into(), gateway);
     gateway.add_tcp(&config.listen.to_string());
     if let Some(tls) = tls {
-        gateway.add_tls_with_settings(&tls.listen.to_string(), None, settings(tls)?);
+        gateway.add_tls_with_settings(
+            &tls.listen.to_string(),
+            None,
+            settings(tls, &app.certificates)?,
+        );
     }
     server.add_service(gateway);
 
@@ -82,24 +110,18 @@ pub(crate) fn run(app: &Arc<App>) -> Result<(), Unavailable> {
     Ok(())
 }
 
-/// What a TLS listener needs. Pingora panics on files that do not fit; they are tried here first.
-fn settings(tls: &Tls) -> Result<TlsSettings, Unavailable> {
+/// What a TLS listener needs.
+fn settings(tls: &Tls, certificates: &Arc<Certificates>) -> Result<TlsSettings, Unavailable> {
     let broken = |why: String| Unavailable::Tls {
         address: tls.listen,
         certificate: tls.certificate.clone(),
         why,
     };
+    certificates.read(tls).map_err(&broken)?;
     let (certificate, key) = (tls.certificate.to_string_lossy(), tls.key.to_string_lossy());
-    let (chain, secret) = load_certs_and_key_files(&certificate, &key)
-        .map_err(|error| broken(error.to_string()))?
-        .ok_or_else(|| broken("the files hold no certificate with a key".into()))?;
-    install_default_crypto_provider();
-    ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(chain, secret)
-        .map_err(|error| broken(error.to_string()))?;
     let mut settings =
         TlsSettings::intermediate(&certificate, &key).map_err(|error| broken(error.to_string()))?;
+    settings.set_cert_resolver(Arc::new(Shown(certificates.clone())));
     settings.enable_h2();
     Ok(settings)
 }
@@ -110,8 +132,18 @@ struct Admin(Arc<App>);
 #[async_trait]
 impl ServeHttp for Admin {
     async fn response(&self, session: &mut ServerSession) -> http::Response<Vec<u8>> {
-        let head = session.req_header();
-        crate::admin::respond(&self.0, &head.method, head.uri.path())
+        let head = session.req_header().as_owned_parts();
+        let from = session.client_addr().and_then(|address| address.as_inet());
+        let from = from.map(std::net::SocketAddr::ip);
+        let mut body = Vec::new();
+        while let Ok(Some(piece)) = session.read_request_body().await {
+            body.extend_from_slice(&piece);
+            if body.len() > admin::MAX_BODY {
+                body.clear(); // nobody has so much to say here
+                break;
+            }
+        }
+        admin::respond(&self.0, &head, &body, from)
     }
 }
 
@@ -120,16 +152,14 @@ struct Background(Arc<App>);
 
 #[async_trait]
 impl BackgroundService for Background {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
-        tokio::select! {
-            () = self.0.run_background() => {}
-            _ = shutdown.changed() => {}
-        }
+    async fn start(&self, _: ShutdownWatch) {
+        // until the process ends: what is being answered needs it to the last
+        self.0.run_background().await;
     }
 }
 
 /// SIGTERM and the first SIGINT drain: new requests are refused, running ones may end within the bound.
-/// A second SIGINT does not wait.
+/// A second SIGINT does not wait. SIGQUIT hands the listening sockets to a process that waits for them.
 struct Stop(Arc<App>);
 
 #[async_trait]
@@ -137,20 +167,33 @@ impl ShutdownSignalWatch for Stop {
     async fn recv(&self) -> ShutdownSignal {
         let mut terminate = watch(SignalKind::terminate());
         let mut interrupt = watch(SignalKind::interrupt());
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            () = self.0.stop.notified() => {}
+        let mut quit = watch(SignalKind::quit());
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = self.0.stop.notified() => break,
+                _ = quit.recv() => {}
+            }
+            let socket = &self.0.config().upgrade_socket;
+            if socket.exists() {
+                tracing::info!("handing the listening sockets over");
+                return ShutdownSignal::GracefulUpgrade;
+            }
+            tracing::warn!(
+                "SIGQUIT, but no `cortex serve --upgrade` waits at {}: going on",
+                socket.display()
+            );
         }
         self.0.draining.store(true, Ordering::Relaxed);
         let bound = self.0.config().drain;
         tracing::info!(
-            in_flight = self.0.metrics.in_flight(),
+            in_flight = self.0.metrics.exchanges.in_flight(),
             "draining for at most {} s",
             bound.as_secs()
         );
         let deadline = Instant::now() + bound;
-        while self.0.metrics.in_flight() > 0 && Instant::now() < deadline {
+        while self.0.metrics.exchanges.in_flight() > 0 && Instant::now() < deadline {
             tokio::select! {
                 () = sleep(Duration::from_millis(20)) => {}
                 _ = interrupt.recv() => break,

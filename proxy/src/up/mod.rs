@@ -84,7 +84,7 @@ pub(crate) fn run(args: UpArgs) -> Result<(), UpError> {
     let stop = Arc::new(Notify::new());
     let supervisor = runtime.spawn(neuron.supervise(stop.clone()));
     let companion = runtime.spawn(accompany(app.clone(), model, args.ask));
-    server::run(&app)?;
+    server::run(&app, false)?;
     // the gateway has drained; now the neuron may go, and whoever accompanied has had their say
     companion.abort();
     let outcome = runtime.block_on(companion);
