@@ -324,7 +324,15 @@ fn write_config(folder: &Path, head: &str, nodes: &[NodeAt<'_>], models: &str, e
 
 /// Starts a real neuron with a fixture model and waits until it serves it.
 pub async fn neuron(fixture: &str, id: &str) -> (Daemon, SocketAddr) {
-    let folder = model(fixture);
+    serving(&model(fixture), id).await
+}
+
+/// Starts a real neuron with the demo model, whose answers make sense, and waits until it serves it.
+pub async fn demo() -> (Daemon, SocketAddr) {
+    serving(&root().join("neuron/demo"), "demo").await
+}
+
+async fn serving(folder: &Path, id: &str) -> (Daemon, SocketAddr) {
     let args = [
         "--model",
         folder.to_str().unwrap(),
