@@ -43,7 +43,8 @@ async fn ending(cortex: &Cortex, model: &str, stream: bool) -> String {
         assert!(body["error"]["type"].is_string(), "{status} {text}");
         return status.to_string();
     }
-    let torn = stream && !text.contains("[DONE]");
+    // a node that answers with something else than a stream is believed; one that begins a stream has to end it
+    let torn = text.contains("data: ") && !text.contains("[DONE]");
     if torn {
         assert!(
             text.contains("\"error\""),
@@ -76,7 +77,7 @@ fn behaviour(random: &mut StdRng) -> Script {
 }
 
 /// Everything that requests took has been given back.
-async fn nothing_is_left(cortex: &Cortex, files_before: usize) {
+async fn nothing_is_left(cortex: &Cortex, files_before: usize, clients: usize) {
     until("nothing is in flight", || async {
         let gauge = "cortex_requests_in_flight{route=\"chat\"}";
         let waiting = cortex.metric("cortex_requests_waiting").await;
@@ -87,12 +88,10 @@ async fn nothing_is_left(cortex: &Cortex, files_before: usize) {
         (cortex.metric(gauge).await == Some(0.0) && waiting == Some(0.0) && held == 0).then_some(())
     })
     .await;
-    // connections that wait for their next request are kept: to clients and to nodes
+    // connections that wait for their next request are kept: one for each client, and to each of at most two nodes
     let files = cortex.open_files();
-    assert!(
-        files < files_before + 200,
-        "{files_before} files became {files}"
-    );
+    let most = files_before + 3 * clients + 20;
+    assert!(files <= most, "{files_before} files became {files}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,7 +168,7 @@ async fn whatever_nodes_do_every_request_ends_and_nothing_is_left() {
         (ending(&cortex, "m", false).await == "answer").then_some(())
     })
     .await;
-    nothing_is_left(&cortex, files).await;
+    nothing_is_left(&cortex, files, 16).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -196,7 +195,7 @@ async fn a_storm_of_reloads_costs_no_request() {
     let (endings, ()) = futures::future::join(join_all((0..8).map(ask)), storm).await;
     let endings = endings.concat();
     assert!(endings.len() > 50 && endings.iter().all(|ending| ending == "answer"));
-    nothing_is_left(&cortex, files).await;
+    nothing_is_left(&cortex, files, 9).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -260,7 +259,7 @@ async fn overload(time: Duration, least: f64) {
     assert!(during >= least * before, "{before} fell to {during}");
     assert!(after >= least * before, "{before} came back as {after}");
     assert!(late < Duration::from_secs(2), "{late:?}");
-    nothing_is_left(&cortex, files).await;
+    nothing_is_left(&cortex, files, 100).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
