@@ -57,17 +57,27 @@ pub(crate) struct Q6K {
     pub(crate) scale: f16,
 }
 
-/// The scales and offsets of the eight parts.
+/// The scales and offsets of the eight parts, four at a time in a word.
+#[inline(always)]
 pub(crate) fn unpacked(parts: &[u8; 12]) -> ([u8; PARTS], [u8; PARTS]) {
-    let (mut scales, mut offsets) = ([0; PARTS], [0; PARTS]);
-    for part in 0..PARTS / 2 {
-        // four of each in the lower 6 bits; their upper 2 are the upper bits of the other four
-        scales[part] = parts[part] & 63;
-        offsets[part] = parts[part + 4] & 63;
-        scales[part + 4] = parts[part + 8] & 15 | parts[part] >> 6 << 4;
-        offsets[part + 4] = parts[part + 8] >> 4 | parts[part + 4] >> 6 << 4;
-    }
-    (scales, offsets)
+    const LOWER: u32 = 0x3f3f_3f3f; // 6 bits of each byte
+    const HALF: u32 = 0x0f0f_0f0f;
+    const UPPER: u32 = 0x0303_0303;
+    let word =
+        |at: usize| u32::from_le_bytes([parts[at], parts[at + 1], parts[at + 2], parts[at + 3]]);
+    let (scales, offsets, rest) = (word(0), word(4), word(8));
+    // four of each in the lower 6 bits; their upper 2 are the upper bits of the other four
+    let join = |low: u32, high: u32| {
+        let both = u64::from(low) | u64::from(high) << 32;
+        both.to_le_bytes()
+    };
+    (
+        join(scales & LOWER, rest & HALF | (scales >> 6 & UPPER) << 4),
+        join(
+            offsets & LOWER,
+            rest >> 4 & HALF | (offsets >> 6 & UPPER) << 4,
+        ),
+    )
 }
 
 fn packed(scales: &[u8; PARTS], offsets: &[u8; PARTS]) -> [u8; 12] {

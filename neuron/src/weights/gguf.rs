@@ -385,6 +385,7 @@ fn tensor(
     let count = shape
         .iter()
         .try_fold(1u64, |count, size| count.checked_mul(*size))
+        .filter(|count| *count > 0)
         .ok_or_else(senseless)?;
     let bytes = match &kind {
         Kind::Other(_) => 0,
@@ -473,6 +474,7 @@ mod tests {
             (file(1, 0, &entry("t", &[4], 0, huge)), "no sense"),
             (file(1, 0, &entry("t", &[40], 8, 0)), "no sense"),
             (file(1, 0, &entry("t", &[1; 5], 0, 0)), "dimensions"),
+            (file(1, 0, &entry("t", &[1 << 40, 0], 0, 0)), "no sense"),
         ] {
             let error = header(&bytes).unwrap_err().to_string();
             assert!(error.contains(said), "{error} instead of {said}");

@@ -39,6 +39,9 @@ pub(super) fn canonical(
 /// The parts of a tensor that has several in it.
 fn split(name: &str, entry: &Entry, heads: GroupedHeads) -> Option<Vec<(String, Entry)>> {
     let (path, last) = name.rsplit_once('.')?;
+    if entry.bytes.iter().all(Range::is_empty) {
+        return None; // nothing vouches for its shape
+    }
     match (last, &entry.shape[..]) {
         ("gate_up_proj", &[experts, both, _]) if path.ends_with(".experts") => {
             // (experts, gate rows and then up rows, hidden)
