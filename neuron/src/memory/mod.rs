@@ -205,7 +205,8 @@ impl SequenceState {
     /// What is needed to go on from here, sharing the blocks.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        let partial = (self.len % BLOCK > 0).then(|| self.blocks[self.len / BLOCK].clone());
+        let partial =
+            (!self.len.is_multiple_of(BLOCK)).then(|| self.blocks[self.len / BLOCK].clone());
         Snapshot {
             len: self.len,
             drafted: self.drafted,
