@@ -8,7 +8,6 @@ use tests::daemon::{Cortex, Daemon, demo};
 async fn served() -> (Daemon, Cortex) {
     let (neuron, address) = demo().await;
     let cortex = Cortex::start(&[("a", address)], "", "").await;
-    cortex.sees(&[("a", "demo")]).await;
     (neuron, cortex)
 }
 
