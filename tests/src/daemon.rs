@@ -179,8 +179,28 @@ impl Cortex {
         .await;
     }
 
-    /// As [`Cortex::start`], but only waits until it listens.
+    /// As [`Cortex::start`], but only waits until it listens. A port may be taken by another test between being found
+    /// free and being listened on; then it is started at others.
     pub async fn spawn(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
+        loop {
+            let cortex = Self::spawn_once(nodes, models, extra);
+            let api = cortex.api["http://".len()..].to_owned();
+            let listens = until("cortex listens", || async {
+                if (cortex.daemon.log().iter()).any(|line| line.contains("cannot listen on")) {
+                    return Some(false);
+                }
+                let live = cortex.client.get(format!("{}/health/live", cortex.admin));
+                let open = tokio::net::TcpStream::connect(&api).await;
+                (live.send().await.is_ok() && open.is_ok()).then_some(true)
+            })
+            .await;
+            if listens {
+                return cortex;
+            }
+        }
+    }
+
+    fn spawn_once(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
         let (api, admin) = (free_address(), free_address());
         let folder = TempDir::new().unwrap();
         let head = format!(
@@ -190,25 +210,14 @@ impl Cortex {
         let file = folder.path().join("cortex.toml");
         let daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
         let client = Client::builder().no_proxy().build().unwrap();
-        let cortex = Self {
+        Self {
             daemon,
             api: format!("http://{api}"),
             admin: format!("http://{admin}"),
             client,
             folder,
             head,
-        };
-        until("cortex listens", || async {
-            let live = cortex
-                .client
-                .get(format!("{}/health/live", cortex.admin))
-                .send()
-                .await;
-            let open = tokio::net::TcpStream::connect(api).await;
-            (live.is_ok() && open.is_ok()).then_some(())
-        })
-        .await;
-        cortex
+        }
     }
 
     /// Writes other files and has them read; waits until the gateway has said what it thinks of them.

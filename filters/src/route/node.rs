@@ -213,7 +213,7 @@ impl Replica {
         self.leaving.load(SeqCst)
     }
 
-    /// Marks it as leaving if nobody uses it. Between this and [`Self::enter`] nobody slips through: each first says
+    /// Marks it as leaving if nobody uses it. Between this and `enter` nobody slips through: each first says
     /// what it does and then looks at the other.
     #[must_use]
     pub fn try_leave(&self) -> bool {

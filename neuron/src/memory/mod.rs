@@ -107,7 +107,7 @@ impl SequenceState {
         &self.blocks
     }
 
-    /// Blocks that [`Self::make_room`] would take from the pool.
+    /// Blocks that a step over `rows` more tokens takes from the pool.
     #[must_use]
     pub fn wanted_blocks(&self, rows: usize) -> usize {
         let to = self.len + rows;
