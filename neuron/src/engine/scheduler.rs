@@ -212,11 +212,12 @@ impl Scheduler {
             && !self.running.iter().any(twin)
     }
 
-    /// What the running sequences will hold after this step, prompts counted whole.
+    /// What the running sequences will hold after this step, prompts counted whole: its tokens with the drafts that are
+    /// checked in it, and those that are made after it, all of which may follow drafts that held.
     fn held(&self, store: &impl Store) -> usize {
         self.running
             .iter()
-            .map(|sequence| store.blocks(sequence.tokens.len() + 1 + self.bounds.drafts))
+            .map(|sequence| store.blocks(sequence.tokens.len() + 1 + 2 * self.bounds.drafts))
             .sum()
     }
 }
