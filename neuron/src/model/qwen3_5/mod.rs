@@ -103,14 +103,16 @@ impl Qwen3_5ForCausalLm {
         for segment in &pass.batch.segments {
             pass.states[segment.state].len += segment.rows.len();
         }
-        if self.mtp.is_some() {
-            (pass.probe)(Seen::Final, &self.norm.forward(&hidden)?);
-        }
-        let hidden = self.wanted(hidden, pass.batch)?;
+        let hidden = if self.mtp.is_some() {
+            let all = self.norm.forward(&hidden)?; // (t, hidden): the drafting layer follows every token
+            (pass.probe)(Seen::Final, &all);
+            self.wanted(all, pass.batch)?
+        } else {
+            self.norm.forward(&self.wanted(hidden, pass.batch)?)?
+        }; // (wanted, hidden)
         if hidden.dim(0)? == 0 {
             return self.no_logits(&hidden);
         }
-        let hidden = self.norm.forward(&hidden)?; // (wanted, hidden)
         (pass.probe)(Seen::HeadInput, &hidden);
         self.lm_head.forward(&hidden) // (wanted, vocab)
     }
