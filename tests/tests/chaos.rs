@@ -268,7 +268,7 @@ async fn ten_times_the_capacity_leaves_goodput_as_it_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a minute and a half on a machine that does nothing else"]
+#[ignore = "a minute and a half on a machine that does nothing else; `.ci/run --long` runs it"]
 async fn ten_times_the_capacity_for_a_minute_leaves_nine_tenths_of_goodput() {
     overload(Duration::from_secs(60), 0.9).await;
 }

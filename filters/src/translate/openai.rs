@@ -101,11 +101,7 @@ pub const CHAT: &[Field] = &[
         Honoured("an extension: the thinking block is closed after so many tokens"),
         r#"{"thinking_budget":5}"#,
     ),
-    Field::new(
-        "n",
-        Honoured("each answer computes the prompt"),
-        r#"{"n":2}"#,
-    ),
+    Field::new("n", Honoured("the prompt is computed once"), r#"{"n":2}"#),
     Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
     Field::new(
         "frequency_penalty",
@@ -289,11 +285,7 @@ pub const COMPLETIONS: &[Field] = &[
         r#"{"logprobs":3}"#,
     ),
     Field::new("echo", Honoured(""), r#"{"echo":true}"#),
-    Field::new(
-        "n",
-        Honoured("each answer computes the prompt"),
-        r#"{"n":2}"#,
-    ),
+    Field::new("n", Honoured("the prompt is computed once"), r#"{"n":2}"#),
     Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
     Field::new(
         "frequency_penalty",
