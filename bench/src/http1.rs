@@ -228,8 +228,6 @@ pub(crate) struct RequestHead {
     pub(crate) path: String,
     /// The client wants the connection closed afterwards.
     pub(crate) close: bool,
-    /// The client asked for usage as a comment at the end of a stream.
-    pub(crate) usage_comment: bool,
     framing: Framing,
 }
 
@@ -246,7 +244,6 @@ impl Head for RequestHead {
             method: request.method.unwrap_or_default().to_owned(),
             path: path.split('?').next().unwrap_or(path).to_owned(),
             close: fields.closes(request.version),
-            usage_comment: fields.usage_comment,
             framing: fields.framing.unwrap_or(Framing::Length(0)),
         };
         Ok(Some((head, length)))
@@ -299,7 +296,6 @@ struct Fields {
     framing: Option<Framing>,
     close: bool,
     keep_alive: bool,
-    usage_comment: bool,
 }
 
 impl Fields {
@@ -319,8 +315,6 @@ impl Fields {
             } else if name.eq_ignore_ascii_case("connection") {
                 fields.close |= value.eq_ignore_ascii_case(b"close");
                 fields.keep_alive |= value.eq_ignore_ascii_case(b"keep-alive");
-            } else if name.eq_ignore_ascii_case(protocol::ext::USAGE_COMMENT_HEADER) {
-                fields.usage_comment = true;
             }
         }
         Ok(fields)

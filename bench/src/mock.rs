@@ -107,19 +107,14 @@ impl Mock {
         match serde_json::from_slice::<protocol::chat::RequestHead<'_>>(&request.body) {
             Err(_) => stream.write_all(self.replies.malformed()).await?,
             Ok(body) if body.stream == Some(true) => {
-                self.stream(api, request.head.usage_comment, stream).await?;
+                self.stream(api, stream).await?;
             }
             Ok(_) => stream.write_all(self.replies.whole(api)).await?,
         }
         Ok(())
     }
 
-    async fn stream(
-        &self,
-        api: Api,
-        usage_comment: bool,
-        stream: &mut TcpStream,
-    ) -> anyhow::Result<()> {
+    async fn stream(&self, api: Api, stream: &mut TcpStream) -> anyhow::Result<()> {
         stream.write_all(self.replies.stream_head()).await?;
         let mut pace = match self.streams {
             Streams::Paced(pace) => Some(tokio::time::interval(pace)),
@@ -134,9 +129,6 @@ impl Mock {
                 stream.read_u8().await?; // ends when the client goes
                 anyhow::bail!("the client sent a request before its reply ended");
             }
-        }
-        if usage_comment {
-            stream.write_all(self.replies.usage_comment()).await?;
         }
         Ok(stream.write_all(self.replies.stream_end()).await?)
     }

@@ -1,14 +1,5 @@
 //! Every extension to the canonical dialect, in one list.
 
-/// Request header by which a caller asks a neuron to end each stream with the comment [`USAGE_COMMENT`].
-///
-/// For those who count streams without a word in their bodies; cortex itself asks by `stream_options.include_usage`.
-pub const USAGE_COMMENT_HEADER: &str = "x-cortex-usage-comment";
-
-/// Start of the SSE comment line that carries the usage of a finished stream as JSON:
-/// `: usage {"prompt_tokens":…}`. Clients ignore comments, so it may pass on to them.
-pub const USAGE_COMMENT: &str = ": usage ";
-
 /// The id under which a request is logged on every hop; taken from the client if it is sane.
 pub const REQUEST_ID_HEADER: &str = "x-request-id";
 

@@ -72,12 +72,11 @@ fn a_reply_that_ends_at_close_is_read_at_every_split() {
 #[test]
 fn a_request_is_read_at_every_split() {
     let message = b"POST /v1/chat/completions?x=1 HTTP/1.1\r\nHost: mock\r\n\
-        X-Cortex-Usage-Comment: 1\r\nContent-Length: 2\r\n\r\n{}GET";
+        Content-Length: 2\r\n\r\n{}GET";
     let expected = RequestHead {
         method: "POST".into(),
         path: "/v1/chat/completions".into(),
         close: false,
-        usage_comment: true,
         framing: Framing::Length(2),
     };
     every_split(message, |pieces| {

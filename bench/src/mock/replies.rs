@@ -38,7 +38,6 @@ pub(crate) struct Replies {
     malformed: Bytes,
     chat: Generated,
     completions: Generated,
-    usage_comment: Bytes,
     end: Bytes,
 }
 
@@ -50,9 +49,6 @@ struct Generated {
 
 impl Replies {
     pub(crate) fn new() -> Self {
-        let mut comment = protocol::ext::USAGE_COMMENT.as_bytes().to_vec();
-        serde_json::to_writer(&mut comment, &usage()).expect("wire types always serialise");
-        comment.extend_from_slice(b"\n\n");
         let mut end = chunk(sse::DONE);
         end.extend_from_slice(b"0\r\n\r\n");
         Self {
@@ -74,7 +70,6 @@ impl Replies {
                 whole: json(200, &padded(completion_reply)),
                 events: events(completion_chunk),
             },
-            usage_comment: chunk(&comment).into(),
             end: end.into(),
         }
     }
@@ -104,11 +99,6 @@ impl Replies {
     /// The events with data of a stream, `[DONE]` not among them.
     pub(crate) fn events(&self, api: Api) -> &[Bytes] {
         &self.generated(api).events
-    }
-
-    /// The comment with the usage of a stream.
-    pub(crate) fn usage_comment(&self) -> &Bytes {
-        &self.usage_comment
     }
 
     /// `[DONE]` and the end of the body.
@@ -311,7 +301,6 @@ mod tests {
         for event in replies.events(api) {
             bytes.extend_from_slice(event);
         }
-        bytes.extend_from_slice(replies.usage_comment());
         bytes.extend_from_slice(replies.stream_end());
         let mut events = Vec::new();
         Decoder::new(1 << 16)
@@ -339,9 +328,9 @@ mod tests {
     }
 
     #[test]
-    fn a_chat_stream_is_a_hundred_deltas_a_finish_usage_and_done() {
+    fn a_chat_stream_is_a_hundred_deltas_a_finish_and_done() {
         let events = stream(Api::Chat);
-        let [deltas @ .., finish, usage, done] = events.as_slice() else {
+        let [deltas @ .., finish, done] = events.as_slice() else {
             panic!("a stream of {} events", events.len());
         };
         assert_eq!(deltas.len(), EVENTS);
@@ -351,14 +340,13 @@ mod tests {
         }
         let finish: ChatChunk = serde_json::from_slice(data(finish)).expect("a chat chunk");
         assert_eq!(finish.choices[0].finish_reason, Some(FinishReason::Stop));
-        assert!(matches!(usage, Event::Comment(text) if text.starts_with(b"usage {")));
         assert_eq!(data(done), b"[DONE]");
     }
 
     #[test]
     fn a_completion_stream_has_the_same_shape() {
         let events = stream(Api::Completions);
-        assert_eq!(events.len(), EVENTS + 3);
+        assert_eq!(events.len(), EVENTS + 2);
         let last: CompletionReply =
             serde_json::from_slice(data(&events[EVENTS])).expect("a completion");
         assert_eq!(last.choices[0].finish_reason, Some(FinishReason::Stop));

@@ -5,7 +5,6 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use memchr::memmem;
 use protocol::ApiError;
-use protocol::ext::USAGE_COMMENT;
 use protocol::usage::Usage;
 use serde::Deserialize;
 use std::pin::Pin;
@@ -133,10 +132,6 @@ impl Scanner {
             {
                 self.exchange.set_usage(usage);
             }
-        } else if let Some(json) = line.strip_prefix(USAGE_COMMENT.as_bytes())
-            && let Ok(usage) = serde_json::from_slice(json)
-        {
-            self.exchange.set_usage(usage);
         }
     }
 }
@@ -196,7 +191,7 @@ mod tests {
         "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"}}]}\n\n",
         ": keep-alive\n\n",
         "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"say \\\"usage\\\":{ aloud\"}}]}\n\n",
-        ": usage {\"prompt_tokens\":7,\"completion_tokens\":3,\"total_tokens\":10}\n\n",
+        "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":3,\"total_tokens\":10}}\n\n",
         "data: [DONE]\n\n",
     );
 

@@ -54,23 +54,12 @@ impl Translated {
                 Event::Message { data, .. } => {
                     self.translator.chunk(&parse(&data)?, &mut self.out);
                 }
-                Event::Comment(text) if is_keep_alive(&text) => {
-                    self.translator.keep_alive(&mut self.out);
-                }
-                Event::Comment(_) => {}
+                // a comment only says that somebody is there
+                Event::Comment(_) => self.translator.keep_alive(&mut self.out),
             }
         }
         Ok(false)
     }
-}
-
-/// The usage comment is for the observer below; any other comment only says that somebody is there.
-fn is_keep_alive(comment: &[u8]) -> bool {
-    !comment.starts_with(
-        protocol::ext::USAGE_COMMENT
-            .trim_start_matches(": ")
-            .as_bytes(),
-    )
 }
 
 fn unreadable(what: &str) -> ApiError {

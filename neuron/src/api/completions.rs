@@ -53,7 +53,7 @@ pub(super) async fn complete(
     let bytes = body::read(&headers, body, state.limits.max_body_bytes).await?;
     let wire: CompletionRequest = body::parse(&bytes, &[FIELDS, CONTROLS])?;
     let unknown_fields = fields::check(&wire.extra, &state.metrics)?;
-    let delivery = Delivery::new(wire.stream, wire.stream_options, &headers, unknown_fields)?;
+    let delivery = Delivery::new(wire.stream, wire.stream_options, unknown_fields)?;
     let model = find_model(&state, &wire.model)?;
     let origin = Origin {
         id: request_id.0.clone(),

@@ -7,10 +7,10 @@ use crate::engine::request::{EngineError, Event, Events, Finish, Request};
 use crate::residency::ServedModel;
 use crate::text::output::{Delta, Scored};
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use protocol::chat::{FunctionCall, StreamOptions, ToolCall};
-use protocol::ext::{UNKNOWN_FIELDS_HEADER, USAGE_COMMENT_HEADER};
+use protocol::ext::UNKNOWN_FIELDS_HEADER;
 use protocol::usage::{CompletionTokensDetails, PromptTokensDetails, Timings, Usage};
 use protocol::{ApiError, ErrorKind};
 use std::future::poll_fn;
@@ -49,19 +49,17 @@ pub(super) struct Origin {
 pub(super) struct Delivery {
     stream: bool,
     pub(super) usage_chunk: bool,
-    pub(super) usage_comment: bool,
     unknown_fields: u64,
 }
 
 impl Delivery {
-    /// As the request and its headers ask for.
+    /// As the request asks for.
     ///
     /// # Errors
     /// 400 when stream options are given without a stream.
     pub(super) fn new(
         stream: Option<bool>,
         options: Option<StreamOptions>,
-        headers: &HeaderMap,
         unknown_fields: u64,
     ) -> Result<Self, ApiError> {
         let stream = stream.unwrap_or(false);
@@ -72,7 +70,6 @@ impl Delivery {
         Ok(Self {
             stream,
             usage_chunk: options.unwrap_or_default().include_usage,
-            usage_comment: headers.contains_key(USAGE_COMMENT_HEADER),
             unknown_fields,
         })
     }

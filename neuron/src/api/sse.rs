@@ -5,7 +5,6 @@ use super::generation::{Answer, Answers, Delivery};
 use crate::engine::request::{EngineError, Event, Finish};
 use axum::body::Bytes;
 use futures::Stream;
-use protocol::ext::USAGE_COMMENT;
 use protocol::sse::{DONE, write_data};
 use std::convert::Infallible;
 use std::time::Duration;
@@ -90,11 +89,6 @@ impl<A: Answer> Writer<A> {
         let total = self.answers.total;
         if self.delivery.usage_chunk {
             self.answer.usage(&total, out);
-        }
-        if self.delivery.usage_comment {
-            out.extend_from_slice(USAGE_COMMENT.as_bytes());
-            serde_json::to_writer(&mut *out, &total.usage).expect("usage always serialises");
-            out.extend_from_slice(b"\n\n");
         }
         out.extend_from_slice(DONE);
     }
