@@ -328,27 +328,36 @@ async fn guesses_change_no_text_but_the_number_of_steps() {
 #[tokio::test]
 async fn guesses_never_need_more_room_than_there_is() {
     let reference = bench(Script::Hash);
-    let prompts: Vec<Vec<u32>> = (0..3).map(|n| (10..70 + 5 * n).collect()).collect();
-    for blocks in 8..=16 {
+    // each of the first four lengths ends elsewhere in a block after steps of four tokens
+    for (blocks, longer) in (8..=14).flat_map(|blocks| (0..4).map(move |longer| (blocks, longer))) {
         let mut tight = config().with_nothing_kept();
-        tight.bounds.blocks = blocks; // of 16 tokens; the longest takes six
+        tight.bounds.blocks = blocks; // of 16 tokens; one sequence takes up to six
         tight.bounds.drafts = 3;
-        // every guess holds, so that a step goes as far as it can
+        let prompts: Vec<Vec<u32>> = (0..2)
+            .map(|n| (10..66 + longer + 4 * n).collect())
+            .collect();
+        // every guess holds, so that each step goes as far as it can
         let said = Script::Say {
             prompt: 0,
             tokens: vec![65],
         };
-        for script in [Script::Hash, said] {
-            let same = matches!(script, Script::Hash);
-            let bench = bench_with(FakeModel::new(script), tight.clone());
+        for script in [said, Script::Hash] {
+            let hashed = matches!(script, Script::Hash);
+            let gate = Gate::closed_after(0);
+            let model = FakeModel {
+                gate: gate.clone(),
+                ..FakeModel::new(script)
+            };
+            let bench = bench_with(model, tight.clone());
             let all: Vec<Events> = prompts
                 .iter()
                 .map(|prompt| bench.engine.submit(of_tokens(&bench, prompt, &[])).unwrap())
                 .collect();
+            gate.open();
             for (prompt, mut events) in prompts.iter().zip(all) {
                 let (text, end) = collect(&mut events).await;
                 end.unwrap();
-                if same {
+                if hashed {
                     let alone = run(&reference, of_tokens(&reference, prompt, &[])).await.0;
                     assert_eq!(text, alone, "{blocks} blocks");
                 }
