@@ -7,6 +7,10 @@ use neuron::config::{self, Config, ConfigError};
 use neuron::{bench, telemetry, verify};
 use std::process::ExitCode;
 
+/// glibc gives the memory of a step's tensors back to the system and takes it anew, page by page, in the next step.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The configuration cannot be used: EX_USAGE of sysexits.
 const BAD_CONFIG: u8 = 64;
 
