@@ -1,6 +1,7 @@
 //! Causal softmax attention over blocks of keys and values, with grouped query heads.
 
-use super::{exp, mul_add, with_fma};
+use super::exp;
+use super::vector::{LANES, Vector, with_vectors};
 use crate::memory::pool::{BLOCK, Block};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -62,7 +63,7 @@ pub(crate) fn attention(
                         }
                     })
                     .collect();
-                with_fma!(attend(&mut tile, cache, kv_head));
+                with_vectors!(attend(&mut tile, cache, kv_head));
             });
         });
     if cache.kv_heads == 1 {
@@ -86,26 +87,26 @@ struct Query<'a> {
     top: f32,
     /// The sum of weights so far.
     total: f32,
-    /// Those of the block.
+    /// Those of the block, and before that its scores.
     weights: [f32; BLOCK],
     /// The weighted sum of values so far.
     out: &'a mut [f32],
 }
 
 #[inline(always)]
-fn attend<const FUSED: bool>(tile: &mut [Query<'_>], cache: Cache<'_>, kv_head: usize) {
+fn attend<V: Vector>(tile: &mut [Query<'_>], cache: Cache<'_>, kv_head: usize) {
     let longest = tile.iter().map(|query| query.seen).max().unwrap_or(0);
     for (index, block) in cache.blocks[..longest.div_ceil(BLOCK)].iter().enumerate() {
         let keys = block.keys(cache.layer, kv_head);
         for query in tile.iter_mut() {
             let count = query.seen.saturating_sub(index * BLOCK).min(BLOCK);
-            query.weigh::<FUSED>(keys, count);
+            query.weigh::<V>(keys, count);
         }
         let values = block.values(cache.layer, kv_head);
         for query in tile.iter_mut() {
             // what lies behind the last token is nobody's
             let count = query.seen.saturating_sub(index * BLOCK).min(BLOCK);
-            add_weighted::<FUSED>(query.out, &query.weights[..count], values);
+            add_weighted::<V>(query.out, &query.weights[..count], values);
         }
     }
     for query in tile {
@@ -117,69 +118,78 @@ fn attend<const FUSED: bool>(tile: &mut [Query<'_>], cache: Cache<'_>, kv_head: 
 impl Query<'_> {
     /// The weights of a block's first `count` tokens.
     #[inline(always)]
-    fn weigh<const FUSED: bool>(&mut self, keys: &[f32], count: usize) {
+    fn weigh<V: Vector>(&mut self, keys: &[f32], count: usize) {
         if count == 0 {
             return;
         }
         let scale = (self.query.len() as f32).sqrt().recip();
-        let mut scores = [f32::NEG_INFINITY; BLOCK];
         let keys = keys.chunks_exact(self.query.len());
-        for (score, key) in scores.iter_mut().zip(keys).take(count) {
-            *score = scale * product::<FUSED>(self.query, key);
+        let mut top = self.top;
+        for (score, key) in self.weights[..count].iter_mut().zip(keys) {
+            *score = scale * product::<V>(self.query, key);
+            top = top.max(*score);
         }
-        let top = scores.iter().copied().fold(self.top, f32::max);
         if top > self.top {
             let shrunk = exp(self.top - top);
             self.total *= shrunk;
             self.out.iter_mut().for_each(|x| *x *= shrunk);
             self.top = top;
         }
-        for (weight, score) in self.weights.iter_mut().zip(scores) {
-            *weight = exp(score - self.top);
+        for weight in &mut self.weights[..count] {
+            *weight = exp(*weight - top);
         }
         self.total += self.weights[..count].iter().sum::<f32>();
     }
 }
 
+/// Vectors that a kernel works on side by side, so that their operations need not wait for each other.
+const SIDES: usize = 4;
+
 /// The sum of products of two rows.
 #[inline(always)]
-fn product<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 32;
+fn product<V: Vector>(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0.0; LANES];
+    let mut sums = [V::splat(0.0); SIDES];
+    let ((a, a_last), (b, b_last)) = (a.as_chunks::<SIDES>(), b.as_chunks::<SIDES>());
     for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            sums[lane] = mul_add::<FUSED>(a[lane], b[lane], sums[lane]);
+        for side in 0..SIDES {
+            sums[side] = V::load(&a[side]).mul_add(V::load(&b[side]), sums[side]);
         }
     }
-    let mut half = [0.0; LANES / 4];
-    for (lane, half) in half.iter_mut().enumerate() {
-        *half = sums[lane] + sums[lane + 8] + (sums[lane + 16] + sums[lane + 24]);
+    for (a, b) in a_last.iter().zip(b_last) {
+        sums[0] = V::load(a).mul_add(V::load(b), sums[0]);
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    half.iter().sum::<f32>() + rest
+    sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum() + rest
 }
 
 /// `out ← out + Σ weight · value` over the tokens of a block.
 #[inline(always)]
-fn add_weighted<const FUSED: bool>(out: &mut [f32], weights: &[f32], values: &[f32]) {
-    const LANES: usize = 32;
+fn add_weighted<V: Vector>(out: &mut [f32], weights: &[f32], values: &[f32]) {
     let dim = out.len();
-    let (pieces, rest) = out.as_chunks_mut::<LANES>();
-    let done = pieces.len() * LANES;
-    for (index, piece) in pieces.iter_mut().enumerate() {
-        let mut sums = *piece;
-        for (token, weight) in weights.iter().enumerate() {
-            let value = &values[token * dim + index * LANES..][..LANES];
-            for (sum, value) in sums.iter_mut().zip(value) {
-                *sum = mul_add::<FUSED>(*weight, *value, *sum);
+    let (vectors, rest) = out.as_chunks_mut::<LANES>();
+    let done = vectors.len() * LANES;
+    let (sides, last) = vectors.as_chunks_mut::<SIDES>();
+    for (index, sides) in sides.iter_mut().enumerate() {
+        let mut sums = [V::splat(0.0); SIDES];
+        for (sum, side) in sums.iter_mut().zip(sides.iter()) {
+            *sum = V::load(side);
+        }
+        for (value, weight) in values[index * SIDES * LANES..].chunks(dim).zip(weights) {
+            let weight = V::splat(*weight);
+            let (value, _) = value[..SIDES * LANES].as_chunks::<LANES>();
+            for side in 0..SIDES {
+                sums[side] = V::load(&value[side]).mul_add(weight, sums[side]);
             }
         }
-        *piece = sums;
+        for (sum, side) in sums.iter().zip(sides) {
+            sum.store(side);
+        }
     }
-    for (at, out) in rest.iter_mut().enumerate() {
+    let first = done - last.len() * LANES;
+    for (at, out) in (first..).zip(last.as_flattened_mut().iter_mut().chain(rest)) {
         for (token, weight) in weights.iter().enumerate() {
-            *out += weight * values[token * dim + done + at];
+            *out += weight * values[token * dim + at];
         }
     }
 }
@@ -193,7 +203,13 @@ mod tests {
 
     #[test]
     fn every_split_of_the_rows_meets_the_reference() {
-        let (rows, heads, kv_heads, dim) = (2 * BLOCK + 3, 6, 2, 5);
+        for (kv_heads, dim) in [(2, 5), (1, 45), (3, 64)] {
+            split(kv_heads, dim);
+        }
+    }
+
+    fn split(kv_heads: usize, dim: usize) {
+        let (rows, heads) = (2 * BLOCK + 3, 6);
         let queries = numbers(1, rows * heads * dim);
         let keys: Vec<Vec<f32>> = (0..kv_heads as u64)
             .map(|h| numbers(10 + h, rows * dim))

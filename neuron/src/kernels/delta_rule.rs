@@ -1,14 +1,17 @@
 //! The gated delta rule as a scan over tokens, in place on its state (Yang et al., "Gated Delta Networks", 2024).
 
-use super::{dot, mul_add, with_fma};
+use super::dot;
+use super::vector::{LANES, Vector, with_vectors};
 use rayon::prelude::*;
 
 /// Added to the squared length of queries and keys before they are normalised; fixed by the architecture.
 const L2_EPS: f32 = 1e-6;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 15;
-/// Columns of a state that go through all rows together: with 128 keys 16 KB, and four vectors of eight.
-const COLUMNS: usize = 32;
+/// Columns of a state that go through all rows together: with 128 keys 16 KB.
+const COLUMNS: usize = SIDES * LANES;
+/// Vectors of them.
+const SIDES: usize = 4;
 
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy)]
@@ -65,7 +68,7 @@ pub fn delta_rule(
         .zip(&mut trails)
         .with_min_len((PER_THREAD / (rows * size).max(1)).max(1))
         .enumerate()
-        .for_each(|(h, ((state, out), trail))| with_fma!(head(&inputs, h, state, trail, out)));
+        .for_each(|(h, ((state, out), trail))| with_vectors!(head(&inputs, h, state, trail, out)));
     by_token(&by_head, rows, value, value_dim)
 }
 
@@ -79,7 +82,7 @@ struct Inputs<'a> {
 /// All rows of value head `h`. Columns of its state know nothing of each other: some of them at a time go through all
 /// rows, so that they stay in the first cache.
 #[inline(always)]
-fn head<const FUSED: bool>(
+fn head<V: Vector>(
     inputs: &Inputs<'_>,
     h: usize,
     state: &mut [f32],
@@ -123,7 +126,7 @@ fn head<const FUSED: bool>(
             let at = t * value + h;
             let (g, beta) = (inputs.decay[at].exp(), inputs.beta[at]);
             let row = t * key_dim..(t + 1) * key_dim;
-            let read = step::<FUSED>(
+            let read = step::<V>(
                 &mut tile,
                 &queries[row.clone()],
                 &keys[row],
@@ -147,7 +150,7 @@ fn head<const FUSED: bool>(
 /// One row's step of some columns: `S ← e^g S;  δ = β (v − Sᵀk);  S ← S + k δᵀ;  o = Sᵀq`
 /// (torch_recurrent_gated_delta_rule).
 #[inline(always)]
-fn step<const FUSED: bool>(
+fn step<V: Vector>(
     tile: &mut [[f32; COLUMNS]],
     query: &[f32],
     key: &[f32],
@@ -155,19 +158,33 @@ fn step<const FUSED: bool>(
     g: f32,
     beta: f32,
 ) -> [f32; COLUMNS] {
-    let mut held = [0.0; COLUMNS];
+    let mut held = [V::splat(0.0); SIDES];
     for (k, row) in key.iter().zip(tile.iter()) {
-        for (held, s) in held.iter_mut().zip(row) {
-            *held = mul_add::<FUSED>(*k, *s, *held);
+        let (row, _) = row.as_chunks::<LANES>();
+        let k = V::splat(*k);
+        for side in 0..SIDES {
+            held[side] = V::load(&row[side]).mul_add(k, held[side]);
         }
     }
-    let delta: [f32; COLUMNS] = std::array::from_fn(|j| beta * (value[j] - g * held[j]));
-    let mut out = [0.0; COLUMNS];
+    let (g, beta) = (V::splat(g), V::splat(beta));
+    let (value, _) = value.as_chunks::<LANES>();
+    let mut delta = held;
+    for side in 0..SIDES {
+        delta[side] = V::load(&value[side]).sub(g.mul(held[side])).mul(beta);
+    }
+    let mut read = [V::splat(0.0); SIDES];
     for ((k, q), row) in key.iter().zip(query).zip(tile) {
-        for ((s, delta), out) in row.iter_mut().zip(&delta).zip(&mut out) {
-            *s = mul_add::<FUSED>(*k, *delta, g * *s);
-            *out = mul_add::<FUSED>(*q, *s, *out);
+        let (row, _) = row.as_chunks_mut::<LANES>();
+        let (k, q) = (V::splat(*k), V::splat(*q));
+        for side in 0..SIDES {
+            let s = delta[side].mul_add(k, g.mul(V::load(&row[side])));
+            s.store(&mut row[side]);
+            read[side] = s.mul_add(q, read[side]);
         }
+    }
+    let mut out = [0.0; COLUMNS];
+    for (out, read) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(read) {
+        read.store(out);
     }
     out
 }

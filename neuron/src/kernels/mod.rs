@@ -10,6 +10,7 @@ pub mod causal_conv;
 pub mod delta_rule;
 pub mod linear;
 pub mod norm;
+mod vector;
 
 /// Gives `read` the numbers of a contiguous f32 tensor on the CPU, without copying them.
 ///
@@ -53,36 +54,6 @@ pub(crate) fn vectorised<T>(work: impl FnOnce() -> T) -> T {
         }
     }
     work()
-}
-
-/// Whether products and sums are one operation on this processor.
-#[inline]
-pub(crate) fn has_fma() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return linear::has_avx2();
-    #[cfg(not(target_arch = "x86_64"))]
-    cfg!(target_arch = "aarch64")
-}
-
-/// Calls a kernel with a first constant that says whether [`mul_add`] is one operation, compiled for what it then needs.
-macro_rules! with_fma {
-    ($kernel:ident ( $($argument:expr),* $(,)? )) => {
-        if $crate::kernels::has_fma() {
-            $crate::kernels::vectorised(
-                #[inline(always)]
-                || $kernel::<true>($($argument),*),
-            )
-        } else {
-            $kernel::<false>($($argument),*)
-        }
-    };
-}
-pub(crate) use with_fma;
-
-/// `a · b + c`, rounded once if `FUSED`. Where the processor has no such operation that would be a call.
-#[inline(always)]
-pub(crate) fn mul_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// `eˣ` within 2 · 10⁻⁷ of it, for x from −87 to 88 and as at the nearer end beyond. Unlike the standard library's it can

@@ -1,7 +1,7 @@
 //! Rows of weights times rows of x, in plain code: the reference of the others, and what other processors run.
 
 use super::Dot;
-use crate::quant::k_quants::{LEN, nearest, unpacked};
+use crate::quant::k_quants::{LEN, unpacked};
 use crate::quant::{Q4K, Q5K, Q6K, Q8Block, Unit};
 use half::{bf16, f16};
 
@@ -51,16 +51,22 @@ impl Weight for Q8Block {
 /// Numbers in 8 bits, and their scale.
 #[inline(always)]
 fn eight_bits<const N: usize>(numbers: &[f32; N]) -> (f32, [i8; N]) {
+    /// 1.5 · 2²³: a sum with it has no digits behind the point, and whole numbers in its lowest bits.
+    const SHIFT: f32 = 12_582_912.0;
     const LANES: usize = 16;
     let mut largest = [0f32; LANES];
     for numbers in numbers.chunks_exact(LANES) {
         for (top, x) in largest.iter_mut().zip(numbers) {
-            *top = top.max(x.abs());
+            *top = if x.abs() > *top { x.abs() } else { *top };
         }
     }
     let largest = largest.into_iter().fold(0f32, f32::max);
     let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    (largest / 127.0, numbers.map(|x| nearest(x * inverse) as i8))
+    let mut values = [0; N];
+    for (value, x) in values.iter_mut().zip(numbers) {
+        *value = (x * inverse + SHIFT).to_bits() as i8;
+    }
+    (largest / 127.0, values)
 }
 
 /// 256 numbers of x, rounded to 8 bits, as blocks of as many weights meet them.

@@ -11,8 +11,7 @@
 
 use super::Columns;
 use super::dot_avx2::{Widen, widened};
-use crate::kernels::vectorised;
-use crate::quant::k_quants::{nearest, unpacked};
+use crate::quant::k_quants::unpacked;
 use crate::quant::{Q4K, Q5K, Q6K, Q8Block, Unit};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -424,10 +423,8 @@ impl WholeInputs {
             let count = x.len() / width;
             for (row, x) in x.chunks_exact(width).enumerate() {
                 for (part, x) in x.as_chunks::<PART>().0.iter().enumerate() {
-                    let (scale, values) = vectorised(
-                        #[inline(always)]
-                        || fifteen_bits(x),
-                    );
+                    // SAFETY: panels are used only where `has_avx2`
+                    let (scale, values) = unsafe { fifteen_bits(x) };
                     let at = part * count + row;
                     scales[at] = scale;
                     sums[at] =
@@ -444,20 +441,36 @@ impl WholeInputs {
 }
 
 /// Numbers in 15 bits, and their scale.
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn fifteen_bits(numbers: &[f32; PART]) -> (f32, [i16; PART]) {
+    let (vectors, _) = numbers.as_chunks::<LANES>();
+    // SAFETY: there are eight numbers in each
+    let load = |at: usize| unsafe { _mm256_loadu_ps(vectors[at].as_ptr()) };
+    let all = [load(0), load(1), load(2), load(3)];
+    let size = |x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x);
+    let both = |a, b| _mm256_max_ps(size(a), size(b));
     let mut largest = [0f32; LANES];
-    for numbers in numbers.chunks_exact(LANES) {
-        for (top, x) in largest.iter_mut().zip(numbers) {
-            *top = top.max(x.abs());
-        }
-    }
+    let top = _mm256_max_ps(both(all[0], all[1]), both(all[2], all[3]));
+    // SAFETY: there is room for eight numbers
+    unsafe { _mm256_storeu_ps(largest.as_mut_ptr(), top) };
     let largest = largest.into_iter().fold(0f32, f32::max);
-    let inverse = if largest > 0.0 { TOP / largest } else { 0.0 };
-    (
-        largest / TOP,
-        numbers.map(|x| nearest(x * inverse) as i32 as i16),
-    )
+    let inverse = _mm256_set1_ps(if largest > 0.0 { TOP / largest } else { 0.0 });
+    let nearest = |x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
+    let mut values = [0; PART];
+    for (half, values) in values
+        .as_chunks_mut::<{ PART / 2 }>()
+        .0
+        .iter_mut()
+        .enumerate()
+    {
+        let (low, high) = (nearest(all[2 * half]), nearest(all[2 * half + 1]));
+        // packed within halves of a vector: 0 to 3 of both, then 4 to 7
+        let packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11_01_10_00);
+        // SAFETY: there is room for sixteen numbers of two bytes
+        unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), packed) };
+    }
+    (largest / TOP, values)
 }
 
 /// # Safety
@@ -472,9 +485,9 @@ unsafe fn widen_blocks<W: Whole>(
     const LONGEST: usize = 256;
     let parts = W::LEN / PART;
     let units = inputs.start / W::LEN..inputs.end / W::LEN;
+    let mut values = [[0; LONGEST]; LANES];
     for (index, unit) in units.enumerate() {
         for (half, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-            let mut values = [[0; LONGEST]; LANES];
             for (row, (units, values)) in rows.iter().zip(&mut values).enumerate() {
                 let (mut scales, mut offsets) = ([0.0; LONGEST / PART], [0.0; LONGEST / PART]);
                 let (scales, offsets) = (&mut scales[..parts], &mut offsets[..parts]);
