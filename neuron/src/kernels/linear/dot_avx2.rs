@@ -186,7 +186,7 @@ macro_rules! dot_of_wide_blocks {
 dot_of_wide_blocks!(Q4K => with_offsets, Q5K => with_offsets, Q6K => six_bits);
 
 /// A block of 256 weights with scales and offsets of 6 bits.
-trait Offsets {
+pub(super) trait Offsets {
     fn scale(&self) -> f16;
     fn offset(&self) -> f16;
     fn parts(&self) -> &[u8; 12];
@@ -203,7 +203,7 @@ trait Offsets {
 /// # Safety
 /// The processor has AVX2.
 #[inline(always)]
-unsafe fn halves(bytes: __m256i) -> [__m256i; 2] {
+pub(super) unsafe fn halves(bytes: __m256i) -> [__m256i; 2] {
     // SAFETY: as this function asks
     unsafe {
         let low = _mm256_set1_epi8(15);

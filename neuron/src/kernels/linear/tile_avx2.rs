@@ -1,16 +1,15 @@
 //! Many rows of x times panels of weights, on processors with AVX2, FMA and F16C.
 //!
-//! A panel is [`PANEL`] rows of weights over [`Panelled::DEPTH`] inputs, widened once and laid as the kernel reads it; x is
-//! laid likewise, [`GROUP`] rows at a time. The kernel holds the sums of one group and one panel in registers (the
-//! scheme of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008).
+//! A panel is [`PANEL`] rows of weights over [`Panelled::DEPTH`] inputs, unpacked once and laid as the kernel reads it; x is
+//! laid likewise, [`Panelled::GROUP`] rows at a time. The kernel holds the sums of one group and one panel in registers
+//! (the scheme of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008).
 //!
-//! Single numbers meet x in f32. Blocks meet it in whole numbers: the weights exactly, times the scales of their parts, and
-//! x in 15 bits for every 32 inputs, so that a sum over these stays below 2³¹; from there on it is f32. That
-//! multiplies twice as many numbers at once, and what x loses is far below what the weights have lost.
+//! Single numbers meet x in f32. Blocks meet it in whole numbers, as where rows are few: x in 8 bits with a scale for every
+//! 32 inputs, whole sums over these, and f32 from there on.
 #![allow(unsafe_code)]
 
 use super::Columns;
-use super::dot_avx2::{Widen, widened};
+use super::dot_avx2::{Offsets, Widen, halves, widened};
 use crate::quant::k_quants::unpacked;
 use crate::quant::{Q4K, Q5K, Q6K, Q8Block, Unit};
 use half::{bf16, f16};
@@ -20,16 +19,16 @@ use std::ops::Range;
 
 /// Rows of weights in a panel: two vectors.
 const PANEL: usize = 16;
-/// Rows of x that meet a panel at once: with two vectors each, twelve sums in sixteen registers.
+/// The most rows of x that meet a panel at once: with two vectors each, twelve sums in sixteen registers.
 const GROUP: usize = 6;
 /// Numbers in a vector.
 const LANES: usize = 8;
-/// Inputs that share a scale in whole numbers.
+/// Inputs of x that share a scale in whole numbers.
 const PART: usize = 32;
-/// Pairs of inputs in a part: the processor adds two products of 16 bits at once.
-const PAIRS: usize = PART / 2;
-/// Largest whole number of x: 128 · 32, the largest of a weight times its scale, times this, times 32, is below 2³¹.
-const TOP: f32 = 16383.0;
+/// Inputs that lie together: a lane of 32 bits has as many weights of a row.
+const QUAD: usize = 4;
+/// Such of a part.
+const QUADS: usize = PART / QUAD;
 
 /// The products of a group with a panel: row of x, row of weights.
 type Sums = [[f32; PANEL]; GROUP];
@@ -39,7 +38,7 @@ type Sums = [[f32; PANEL]; GROUP];
 pub(super) struct Group {
     /// The first of them.
     first: usize,
-    /// How many, at most [`GROUP`].
+    /// How many, at most [`Panelled::GROUP`].
     count: usize,
 }
 
@@ -47,6 +46,8 @@ pub(super) struct Group {
 pub(super) trait Panelled: Unit {
     /// Inputs of a panel, such that it stays in the first cache; a multiple of [`Unit::LEN`].
     const DEPTH: usize;
+    /// Rows of x that meet a panel at once, at most [`GROUP`].
+    const GROUP: usize;
     /// x as the kernel reads it.
     type Inputs: Sync;
     /// A panel as the kernel reads it.
@@ -97,7 +98,11 @@ pub(super) fn product<W: Panelled>(
             let inputs = start..(start + W::DEPTH).min(width);
             // SAFETY: this function is called only where `has_avx2`
             unsafe { W::widen(&own, inputs.clone(), panel) };
-            for group in (0..rows).step_by(GROUP).map(|first| Group::of(first, rows)) {
+            for begin in (0..rows).step_by(W::GROUP) {
+                let group = Group {
+                    first: begin,
+                    count: W::GROUP.min(rows - begin),
+                };
                 let mut sums = [[0.0; PANEL]; GROUP];
                 // SAFETY: as above
                 unsafe { W::multiply(panel, &x, group, inputs.clone(), &mut sums) };
@@ -115,25 +120,16 @@ pub(super) fn product<W: Panelled>(
     product
 }
 
-impl Group {
-    fn of(first: usize, rows: usize) -> Self {
-        Self {
-            first,
-            count: GROUP.min(rows - first),
-        }
-    }
-}
-
 /// Calls a kernel compiled for the number of rows in a group.
 macro_rules! for_group {
-    ($count:expr, $kernel:ident $(, $constant:expr)?; $arguments:tt) => {
+    ($count:expr, $kernel:ident $(, $type:ty)?; $arguments:tt) => {
         match $count {
-            1 => $kernel::<1 $(, $constant)?> $arguments,
-            2 => $kernel::<2 $(, $constant)?> $arguments,
-            3 => $kernel::<3 $(, $constant)?> $arguments,
-            4 => $kernel::<4 $(, $constant)?> $arguments,
-            5 => $kernel::<5 $(, $constant)?> $arguments,
-            GROUP => $kernel::<6 $(, $constant)?> $arguments,
+            1 => $kernel::<1 $(, $type)?> $arguments,
+            2 => $kernel::<2 $(, $type)?> $arguments,
+            3 => $kernel::<3 $(, $type)?> $arguments,
+            4 => $kernel::<4 $(, $type)?> $arguments,
+            5 => $kernel::<5 $(, $type)?> $arguments,
+            GROUP => $kernel::<6 $(, $type)?> $arguments,
             rows => unreachable!("a group of {rows} rows"),
         }
     };
@@ -149,6 +145,7 @@ macro_rules! panels_of_single_numbers {
     ($($kind:ty),*) => {$(
         impl Panelled for $kind {
             const DEPTH: usize = 256;
+            const GROUP: usize = GROUP;
             type Inputs = WideInputs;
             /// For every input the weights of all rows.
             type Panel = Vec<f32>;
@@ -280,9 +277,9 @@ fn transposed(rows: [__m256i; LANES]) -> [__m256i; LANES] {
     ]
 }
 
-/// x in whole numbers: of each group, for every part and every pair of inputs, its rows side by side.
+/// x in whole numbers: of each group, for every part and every quad of inputs, its rows side by side.
 pub(super) struct WholeInputs {
-    pairs: Vec<[i16; 2]>,
+    quads: Vec<[i8; QUAD]>,
     /// Of every part: what one is worth.
     scales: Vec<f32>,
     /// Of every part: the sum of its inputs, as they were rounded.
@@ -293,100 +290,149 @@ pub(super) struct WholeInputs {
 /// A panel in whole numbers.
 #[derive(Default)]
 pub(super) struct WholePanel {
-    /// For every pair of inputs the weights of all rows.
-    pairs: Vec<[i16; 2]>,
+    /// For every quad of inputs the weights of all rows.
+    quads: Vec<[u8; QUAD]>,
     /// For every part, of all rows, what one is worth.
     scales: Vec<f32>,
     /// For every part, of all rows, what is to be taken from every weight.
     offsets: Vec<f32>,
+    /// For every half of a part, of all rows, twice what its weights are multiplied with, where halves differ.
+    halves: Vec<[i16; 2]>,
 }
 
-/// Blocks in whole numbers: a weight is `scale · value − offset`.
+/// Blocks in whole numbers: a weight is `scale · half · value − offset`.
 trait Whole: Unit {
+    /// Whether values have signs, with sizes of at most 128; else they are below 32.
+    const SIGNED: bool;
+    /// How many sums of two products with x of 8 bits, of at most 127, stay below 2¹⁵: 1, 4 or 8.
+    const ADDED: usize;
+    /// Whether the halves of a part have factors of their own.
+    const HALVES: bool;
     /// Whether there are offsets.
     const OFFSETS: bool;
 
-    /// The values of a block, and for each of its parts of 32 the scale and the offset.
+    /// The values of a part of 32, in a byte each.
+    ///
+    /// # Safety
+    /// The block has that part, and the processor has AVX2, FMA and F16C.
+    unsafe fn part(&self, part: usize) -> __m256i;
+
+    /// For each part its scale, its offset and the factors of its halves.
     ///
     /// # Safety
     /// The processor has AVX2, FMA and F16C.
-    unsafe fn whole(&self, values: &mut [i16], scales: &mut [f32], offsets: &mut [f32]);
+    unsafe fn factors(&self, factors: &mut [Factors]);
+}
+
+/// What a part's values are multiplied with and what is taken from them.
+#[derive(Clone, Copy, Default)]
+struct Factors {
+    scale: f32,
+    offset: f32,
+    halves: [i16; 2],
 }
 
 impl Whole for Q8Block {
+    const SIGNED: bool = true;
+    const ADDED: usize = 1;
+    const HALVES: bool = false;
     const OFFSETS: bool = false;
 
     #[inline(always)]
-    unsafe fn whole(&self, values: &mut [i16], scales: &mut [f32], _: &mut [f32]) {
-        for (value, own) in values.iter_mut().zip(self.values) {
-            *value = own.into();
-        }
+    unsafe fn part(&self, _: usize) -> __m256i {
+        // SAFETY: there are 32 values
+        unsafe { _mm256_loadu_si256(self.values.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(&self, factors: &mut [Factors]) {
         // SAFETY: as this function asks
-        scales[0] = unsafe { widened(self.scale) };
+        factors[0].scale = unsafe { widened(self.scale) };
     }
 }
 
 impl Whole for Q6K {
+    const SIGNED: bool = true; // from −32 to 31
+    const ADDED: usize = 4;
+    const HALVES: bool = true;
     const OFFSETS: bool = false;
 
     #[inline(always)]
-    unsafe fn whole(&self, values: &mut [i16], scales: &mut [f32], _: &mut [f32]) {
-        let quants = self.quants();
-        let parts = values.chunks_exact_mut(16).zip(quants.chunks_exact(16));
-        for ((values, quants), part) in parts.zip(self.parts) {
-            for (value, q) in values.iter_mut().zip(quants) {
-                *value = i16::from(*q) * i16::from(part);
-            }
+    unsafe fn part(&self, part: usize) -> __m256i {
+        let (half, quarter) = (part / 4, part % 4);
+        // SAFETY: half a block has 64 bytes of lower bits, of which quarters 0 and 2 share the first 32, and 32 of upper ones
+        unsafe {
+            let low = self.quants.as_ptr().add(64 * half + 32 * (quarter % 2));
+            let high = self.high.as_ptr().add(32 * half);
+            let shift = _mm_cvtsi32_si128(2 * quarter as i32);
+            let high = _mm256_srl_epi16(_mm256_loadu_si256(high.cast()), shift);
+            let high = _mm256_slli_epi16(_mm256_and_si256(high, _mm256_set1_epi8(3)), 4);
+            let low = halves(_mm256_loadu_si256(low.cast()))[quarter / 2];
+            _mm256_sub_epi8(_mm256_or_si256(low, high), _mm256_set1_epi8(32))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn factors(&self, factors: &mut [Factors]) {
         // SAFETY: as this function asks
-        scales.fill(unsafe { widened(self.scale) });
+        let scale = unsafe { widened(self.scale) };
+        for (factors, halves) in factors.iter_mut().zip(self.parts.as_chunks::<2>().0) {
+            factors.scale = scale;
+            factors.halves = halves.map(i16::from);
+        }
     }
 }
 
 macro_rules! whole_with_offsets {
-    ($($kind:ty),*) => {$(
+    ($($kind:ty => $added:literal),*) => {$(
         impl Whole for $kind {
+            const SIGNED: bool = false;
+            const ADDED: usize = $added;
+            const HALVES: bool = false;
             const OFFSETS: bool = true;
 
             #[inline(always)]
-            unsafe fn whole(&self, values: &mut [i16], scales: &mut [f32], offsets: &mut [f32]) {
-                let quants = self.quants();
-                let (parts, shifts) = unpacked(&self.parts);
-                let both = values.chunks_exact_mut(PART).zip(quants.chunks_exact(PART));
-                for ((values, quants), part) in both.zip(parts) {
-                    for (value, q) in values.iter_mut().zip(quants) {
-                        *value = i16::from(*q) * i16::from(part);
-                    }
-                }
+            unsafe fn part(&self, part: usize) -> __m256i {
+                // SAFETY: as this function asks; the other of the pair costs little and is mostly not computed
+                unsafe { self.pair(part / 2)[part % 2] }
+            }
+
+            #[inline(always)]
+            unsafe fn factors(&self, factors: &mut [Factors]) {
+                let (scales, offsets) = unpacked(&self.parts);
                 // SAFETY: as this function asks
                 let (scale, offset) = unsafe { (widened(self.scale), widened(self.offset)) };
-                scales.fill(scale);
-                for (to, shift) in offsets.iter_mut().zip(shifts) {
-                    *to = offset * f32::from(shift);
+                for ((factors, part), shift) in factors.iter_mut().zip(scales).zip(offsets) {
+                    factors.scale = scale * f32::from(part);
+                    factors.offset = offset * f32::from(shift);
                 }
             }
         }
     )*};
 }
-whole_with_offsets!(Q4K, Q5K);
+// 2 · 15 · 127 · 8 and 2 · 31 · 127 · 4 are below 2¹⁵
+whole_with_offsets!(Q4K => 8, Q5K => 4);
 
 macro_rules! panels_of_blocks {
     ($($kind:ty),*) => {$(
         impl Panelled for $kind {
             const DEPTH: usize = 512;
+            const GROUP: usize = 4;
             type Inputs = WholeInputs;
             type Panel = WholePanel;
 
             fn pack(x: &[f32], rows: usize, width: usize) -> WholeInputs {
-                WholeInputs::pack(x, rows, width)
+                WholeInputs::pack(x, rows, width, Self::GROUP)
             }
 
             unsafe fn widen(rows: &[&[Self]; PANEL], inputs: Range<usize>, panel: &mut WholePanel) {
-                panel.pairs.resize(PANEL * Self::DEPTH / 2, [0; 2]);
-                panel.scales.resize(PANEL * Self::DEPTH / PART, 0.0);
-                panel.offsets.resize(PANEL * Self::DEPTH / PART, 0.0);
+                let parts = PANEL * Self::DEPTH / PART;
+                panel.quads.resize(parts * QUADS, [0; QUAD]);
+                panel.scales.resize(parts, 0.0);
+                panel.offsets.resize(parts, 0.0);
+                panel.halves.resize(2 * parts, [1; 2]);
                 // SAFETY: as this function asks
-                unsafe { widen_blocks(rows, inputs, panel) };
+                unsafe { unpack(rows, inputs, panel) };
             }
 
             unsafe fn multiply(
@@ -396,9 +442,8 @@ macro_rules! panels_of_blocks {
                 inputs: Range<usize>,
                 sums: &mut Sums,
             ) {
-                const OFFSETS: bool = <$kind as Whole>::OFFSETS;
                 // SAFETY: as this function asks
-                unsafe { for_group!(group.count, whole_tile, OFFSETS; (panel, x, group, inputs, sums)) }
+                unsafe { for_group!(group.count, whole_tile, Self; (panel, x, group, inputs, sums)) }
             }
         }
     )*};
@@ -406,32 +451,31 @@ macro_rules! panels_of_blocks {
 panels_of_blocks!(Q8Block, Q6K, Q5K, Q4K);
 
 impl WholeInputs {
-    fn pack(x: &[f32], rows: usize, width: usize) -> Self {
-        let (pairs, parts) = (width / 2, width / PART);
+    fn pack(x: &[f32], rows: usize, width: usize, group: usize) -> Self {
+        let (quads, parts) = (width / QUAD, width / PART);
         let mut packed = Self {
-            pairs: vec![[0; 2]; rows * pairs],
+            quads: vec![[0; QUAD]; rows * quads],
             scales: vec![0.0; rows * parts],
             sums: vec![0.0; rows * parts],
             width,
         };
-        let groups = packed.pairs.par_chunks_mut(GROUP * pairs.max(1));
+        let groups = packed.quads.par_chunks_mut(group * quads.max(1));
         let groups = groups
-            .zip(packed.scales.par_chunks_mut(GROUP * parts.max(1)))
-            .zip(packed.sums.par_chunks_mut(GROUP * parts.max(1)))
-            .zip(x.par_chunks(GROUP * width.max(1)));
-        groups.for_each(|(((pairs, scales), sums), x)| {
+            .zip(packed.scales.par_chunks_mut(group * parts.max(1)))
+            .zip(packed.sums.par_chunks_mut(group * parts.max(1)))
+            .zip(x.par_chunks(group * width.max(1)));
+        groups.for_each(|(((quads, scales), sums), x)| {
             let count = x.len() / width;
             for (row, x) in x.chunks_exact(width).enumerate() {
                 for (part, x) in x.as_chunks::<PART>().0.iter().enumerate() {
                     // SAFETY: panels are used only where `has_avx2`
-                    let (scale, values) = unsafe { fifteen_bits(x) };
+                    let (scale, sum, values) = unsafe { eight_bits(x) };
                     let at = part * count + row;
                     scales[at] = scale;
-                    sums[at] =
-                        scale * values.iter().map(|value| i32::from(*value)).sum::<i32>() as f32;
-                    let to = &mut pairs[part * PAIRS * count..][..PAIRS * count];
-                    for (to, pair) in to.chunks_exact_mut(count).zip(values.as_chunks::<2>().0) {
-                        to[row] = *pair;
+                    sums[at] = scale * sum as f32;
+                    let to = &mut quads[part * QUADS * count..][..QUADS * count];
+                    for (to, quad) in to.chunks_exact_mut(count).zip(values.as_chunks().0) {
+                        to[row] = *quad;
                     }
                 }
             }
@@ -440,77 +484,77 @@ impl WholeInputs {
     }
 }
 
-/// Numbers in 15 bits, and their scale.
+/// Numbers in 8 bits: their scale, their sum and themselves.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fifteen_bits(numbers: &[f32; PART]) -> (f32, [i16; PART]) {
+fn eight_bits(numbers: &[f32; PART]) -> (f32, i32, [i8; PART]) {
     let (vectors, _) = numbers.as_chunks::<LANES>();
     // SAFETY: there are eight numbers in each
     let load = |at: usize| unsafe { _mm256_loadu_ps(vectors[at].as_ptr()) };
     let all = [load(0), load(1), load(2), load(3)];
     let size = |x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x);
-    let both = |a, b| _mm256_max_ps(size(a), size(b));
+    let larger = |a, b| _mm256_max_ps(size(a), size(b));
     let mut largest = [0f32; LANES];
-    let top = _mm256_max_ps(both(all[0], all[1]), both(all[2], all[3]));
+    let top = _mm256_max_ps(larger(all[0], all[1]), larger(all[2], all[3]));
     // SAFETY: there is room for eight numbers
     unsafe { _mm256_storeu_ps(largest.as_mut_ptr(), top) };
     let largest = largest.into_iter().fold(0f32, f32::max);
-    let inverse = _mm256_set1_ps(if largest > 0.0 { TOP / largest } else { 0.0 });
+    let inverse = _mm256_set1_ps(if largest > 0.0 { 127.0 / largest } else { 0.0 });
     let nearest = |x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse));
-    let mut values = [0; PART];
-    for (half, values) in values
-        .as_chunks_mut::<{ PART / 2 }>()
-        .0
-        .iter_mut()
-        .enumerate()
-    {
-        let (low, high) = (nearest(all[2 * half]), nearest(all[2 * half + 1]));
-        // packed within halves of a vector: 0 to 3 of both, then 4 to 7
-        let packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11_01_10_00);
-        // SAFETY: there is room for sixteen numbers of two bytes
-        unsafe { _mm256_storeu_si256(values.as_mut_ptr().cast(), packed) };
+    let low = _mm256_packs_epi32(nearest(all[0]), nearest(all[1]));
+    let high = _mm256_packs_epi32(nearest(all[2]), nearest(all[3]));
+    // packing works within halves of a vector: fours of numbers 0, 2, 4, 6 and then 1, 3, 5, 7
+    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    let packed = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    let pairs = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+    let (mut values, mut sums) = ([0; PART], [0; LANES]);
+    // SAFETY: there is room for 32 bytes in both
+    unsafe {
+        _mm256_storeu_si256(values.as_mut_ptr().cast(), packed);
+        _mm256_storeu_si256(sums.as_mut_ptr().cast(), pairs);
     }
-    (largest / TOP, values)
+    (largest / 127.0, sums.iter().sum(), values)
 }
 
 /// # Safety
 /// The processor has AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn widen_blocks<W: Whole>(
-    rows: &[&[W]; PANEL],
-    inputs: Range<usize>,
-    panel: &mut WholePanel,
-) {
-    /// Numbers of the longest block.
-    const LONGEST: usize = 256;
+unsafe fn unpack<W: Whole>(rows: &[&[W]; PANEL], inputs: Range<usize>, panel: &mut WholePanel) {
+    /// Parts of the longest block.
+    const MOST: usize = 8;
     let parts = W::LEN / PART;
     let units = inputs.start / W::LEN..inputs.end / W::LEN;
-    let mut values = [[0; LONGEST]; LANES];
     for (index, unit) in units.enumerate() {
         for (half, rows) in rows.as_chunks::<LANES>().0.iter().enumerate() {
-            for (row, (units, values)) in rows.iter().zip(&mut values).enumerate() {
-                let (mut scales, mut offsets) = ([0.0; LONGEST / PART], [0.0; LONGEST / PART]);
-                let (scales, offsets) = (&mut scales[..parts], &mut offsets[..parts]);
+            for (row, units) in rows.iter().enumerate() {
+                let mut factors = [Factors::default(); MOST];
                 // SAFETY: as this function asks
-                unsafe { units[unit].whole(&mut values[..W::LEN], scales, offsets) };
-                for part in 0..parts {
-                    let at = (index * parts + part) * PANEL + half * LANES + row;
-                    panel.scales[at] = scales[part];
+                unsafe { units[unit].factors(&mut factors[..parts]) };
+                for (part, factors) in factors[..parts].iter().enumerate() {
+                    let part = index * parts + part;
+                    let at = part * PANEL + half * LANES + row;
+                    panel.scales[at] = factors.scale;
                     if W::OFFSETS {
-                        panel.offsets[at] = offsets[part];
+                        panel.offsets[at] = factors.offset;
+                    }
+                    if W::HALVES {
+                        let at = 2 * part * PANEL + half * LANES + row;
+                        panel.halves[at] = [factors.halves[0]; 2];
+                        panel.halves[at + PANEL] = [factors.halves[1]; 2];
                     }
                 }
             }
-            for at in (0..W::LEN).step_by(2 * LANES) {
-                let wide = std::array::from_fn(|row| {
-                    let values = values[row][at..][..2 * LANES].as_ptr();
-                    // SAFETY: there are as many values
-                    unsafe { _mm256_loadu_si256(values.cast()) }
-                });
-                for (pair, column) in transposed(wide).into_iter().enumerate() {
-                    let pair = (index * W::LEN + at) / 2 + pair;
-                    let to = panel.pairs[pair * PANEL + half * LANES..][..LANES].as_mut_ptr();
-                    // SAFETY: there is room for LANES pairs of 2 · 16 bits
+            for part in 0..parts {
+                let mut values = [_mm256_setzero_si256(); LANES];
+                for (values, units) in values.iter_mut().zip(rows) {
+                    // SAFETY: part is one of the block
+                    *values = unsafe { units[unit].part(part) };
+                }
+                let first = (index * parts + part) * QUADS;
+                for (quad, column) in transposed(values).into_iter().enumerate() {
+                    let to = (first + quad) * PANEL + half * LANES;
+                    let to = panel.quads[to..][..LANES].as_mut_ptr();
+                    // SAFETY: there is room for LANES quads of bytes
                     unsafe { _mm256_storeu_si256(to.cast(), column) };
                 }
             }
@@ -521,44 +565,61 @@ unsafe fn widen_blocks<W: Whole>(
 /// # Safety
 /// The processor has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn whole_tile<const ROWS: usize, const OFFSETS: bool>(
+unsafe fn whole_tile<const ROWS: usize, W: Whole>(
     panel: &WholePanel,
     x: &WholeInputs,
     group: Group,
     inputs: Range<usize>,
     sums: &mut Sums,
 ) {
-    let (pairs, parts) = (x.width / 2, x.width / PART);
+    let (quads, parts) = (x.width / QUAD, x.width / PART);
     let own = inputs.start / PART * ROWS..inputs.end / PART * ROWS;
     let (x_scales, _) = x.scales[group.first * parts..][own.clone()].as_chunks::<ROWS>();
     let (x_sums, _) = x.sums[group.first * parts..][own].as_chunks::<ROWS>();
-    let own = inputs.start / 2 * ROWS..inputs.end / 2 * ROWS;
-    let (x, _) = x.pairs[group.first * pairs..][own].as_chunks::<ROWS>();
-    let (x, _) = x.as_chunks::<PAIRS>();
-    let (weights, _) = panel.pairs.as_chunks::<PANEL>();
-    let (weights, _) = weights.as_chunks::<PAIRS>();
+    let own = inputs.start / QUAD * ROWS..inputs.end / QUAD * ROWS;
+    let (x, _) = x.quads[group.first * quads..][own].as_chunks::<ROWS>();
+    let (x, _) = x.as_chunks::<QUADS>();
+    let (weights, _) = panel.quads.as_chunks::<PANEL>();
+    let (weights, _) = weights.as_chunks::<QUADS>();
     let (scales, _) = panel.scales.as_chunks::<PANEL>();
     let (offsets, _) = panel.offsets.as_chunks::<PANEL>();
+    let (halves, _) = panel.halves.as_chunks::<PANEL>();
     let count = x.len();
-    assert!(x_scales.len() == count && x_sums.len() == count);
+    assert!(x_scales.len() == count && x_sums.len() == count && halves.len() >= 2 * count);
     assert!(weights.len() >= count && scales.len() >= count && offsets.len() >= count);
+    let ones = [_mm256_set1_epi16(1); 2];
     let mut tile = [[_mm256_setzero_ps(); 2]; ROWS];
     for part in 0..count {
         let mut whole = [[_mm256_setzero_si256(); 2]; ROWS];
-        for (x, weights) in x[part].iter().zip(&weights[part]) {
-            // SAFETY: there are PANEL pairs of weights: two vectors
-            let (low, high) = unsafe {
-                let weights: *const __m256i = weights.as_ptr().cast();
-                (
-                    _mm256_loadu_si256(weights),
-                    _mm256_loadu_si256(weights.add(1)),
-                )
+        for first in (0..QUADS).step_by(W::ADDED) {
+            let mut pairs = [[_mm256_setzero_si256(); 2]; ROWS];
+            for quad in first..first + W::ADDED {
+                // SAFETY: there are PANEL quads of weights: two vectors
+                let weights = unsafe { both(weights[part][quad].as_ptr().cast()) };
+                for (pairs, x) in pairs.iter_mut().zip(&x[part][quad]) {
+                    let x = _mm256_set1_epi32(i32::from_le_bytes(x.map(|x| x as u8)));
+                    for (pairs, weights) in pairs.iter_mut().zip(weights) {
+                        let products = if W::SIGNED {
+                            let sizes = _mm256_abs_epi8(weights);
+                            _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(x, weights))
+                        } else {
+                            _mm256_maddubs_epi16(weights, x)
+                        };
+                        *pairs = _mm256_add_epi16(*pairs, products);
+                    }
+                }
+            }
+            let factors = if W::HALVES {
+                // SAFETY: there are PANEL pairs of factors for each half: two vectors
+                unsafe { both(halves[2 * part + 2 * first / QUADS].as_ptr().cast()) }
+            } else {
+                ones
             };
-            for (whole, [even, odd]) in whole.iter_mut().zip(x) {
-                let both = i32::from(*even) & 0xffff | i32::from(*odd) << 16;
-                let x = _mm256_set1_epi32(both);
-                whole[0] = _mm256_add_epi32(whole[0], _mm256_madd_epi16(low, x));
-                whole[1] = _mm256_add_epi32(whole[1], _mm256_madd_epi16(high, x));
+            for (whole, pairs) in whole.iter_mut().zip(pairs) {
+                for half in 0..2 {
+                    let fours = _mm256_madd_epi16(pairs[half], factors[half]);
+                    whole[half] = _mm256_add_epi32(whole[half], fours);
+                }
             }
         }
         for half in 0..2 {
@@ -573,11 +634,21 @@ unsafe fn whole_tile<const ROWS: usize, const OFFSETS: bool>(
                 let sum = &mut tile[row][half];
                 let step = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[part][row]));
                 *sum = _mm256_fmadd_ps(step, _mm256_cvtepi32_ps(whole[row][half]), *sum);
-                if OFFSETS {
+                if W::OFFSETS {
                     *sum = _mm256_fnmadd_ps(offset, _mm256_set1_ps(x_sums[part][row]), *sum);
                 }
             }
         }
     }
     store(&tile, sums);
+}
+
+/// Two vectors.
+///
+/// # Safety
+/// They lie there, and the processor has AVX2.
+#[inline(always)]
+unsafe fn both(from: *const __m256i) -> [__m256i; 2] {
+    // SAFETY: as this function asks
+    unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
 }
