@@ -458,6 +458,18 @@ fn what_was_answered_can_be_sent_back() {
 }
 
 #[test]
+fn counts_that_make_no_sense_do_no_harm() {
+    let (mut events, _) = events(json!({}));
+    let mut out = Vec::new();
+    let mut end = chunk(Delta::default(), Some(FinishReason::Stop));
+    let usage = json!({"prompt_tokens": u64::MAX, "completion_tokens": 1, "total_tokens": 0});
+    end.usage = serde_json::from_value(usage).expect("is usage");
+    events.chunk(&end, &mut out);
+    events.finish(&mut out);
+    assert_eq!(accumulate(&out).response["usage"]["total_tokens"], u64::MAX);
+}
+
+#[test]
 fn a_stream_that_fails_before_it_began_still_begins() {
     let (mut events, _) = events(json!({}));
     let mut out = Vec::new();
