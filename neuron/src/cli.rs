@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::bench::BenchArgs;
 use crate::config::{Config, ConfigError, ModelConfig};
 use crate::join::Gateway;
 use crate::verify::VerifyArgs;
@@ -31,6 +32,8 @@ pub enum Command {
     },
     /// Hold a model to golden numbers: does this machine compute it right?
     Verify(VerifyArgs),
+    /// Measure how fast this machine computes a model
+    Bench(BenchArgs),
 }
 
 /// How to serve: by a file, or by a model for a quick start.

@@ -4,8 +4,12 @@ use clap::Parser;
 use neuron::app;
 use neuron::cli::{Cli, Command, ServeArgs};
 use neuron::config::{self, Config, ConfigError};
-use neuron::{telemetry, verify};
+use neuron::{bench, telemetry, verify};
 use std::process::ExitCode;
+
+/// glibc gives the memory of a step's tensors back to the system and takes it anew, page by page, in the next step.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// The configuration cannot be used: EX_USAGE of sysexits.
 const BAD_CONFIG: u8 = 64;
@@ -28,6 +32,20 @@ fn main() -> ExitCode {
                 } else {
                     ExitCode::FAILURE
                 }
+            }
+            Err(error) => fail(&error.to_string()),
+        },
+        Some(Command::Bench(args)) => match bench::run(&args) {
+            Ok(report) if args.json => match serde_json::to_string_pretty(&report) {
+                Ok(text) => {
+                    println!("{text}");
+                    ExitCode::SUCCESS
+                }
+                Err(error) => fail(&error.to_string()),
+            },
+            Ok(report) => {
+                println!("{report}");
+                ExitCode::SUCCESS
             }
             Err(error) => fail(&error.to_string()),
         },

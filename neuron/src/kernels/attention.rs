@@ -1,9 +1,12 @@
 //! Causal softmax attention over blocks of keys and values, with grouped query heads.
 
-use super::{add_scaled, dot};
+use super::{exp, mul_add, with_fma};
 use crate::memory::pool::{BLOCK, Block};
 use rayon::prelude::*;
 use std::sync::Arc;
+
+/// Queries that go through a block together: with a dimension of 256 they are as large as its keys.
+const TOGETHER: usize = 16;
 
 /// The keys and values of one sequence in one layer.
 #[derive(Debug, Clone, Copy)]
@@ -21,7 +24,9 @@ pub(crate) struct Cache<'a> {
 /// Attends from the last rows of a sequence to all of it; their keys and values are in the cache already.
 ///
 /// `queries` is `(rows, heads, head_dim)`, normed and rotated; query head `h` reads kv head `h / (heads / kv heads)`.
-/// Returns `(rows, heads, head_dim)`. The scores of one row and head at a time are held, never all of them.
+/// Returns `(rows, heads, head_dim)`. Queries that read the same keys go through them together, a block at a time, with
+/// running maxima and sums (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018); what one gets
+/// does not depend on which others are with it.
 #[must_use]
 pub(crate) fn attention(
     queries: &[f32],
@@ -31,36 +36,152 @@ pub(crate) fn attention(
 ) -> Vec<f32> {
     let rows = queries.len() / (heads * head_dim);
     let group = heads / cache.kv_heads;
-    let past = cache.len - rows;
-    let scale = (head_dim as f32).sqrt().recip();
-    let mut out = vec![0.0; queries.len()];
-    out.par_chunks_exact_mut(head_dim)
-        .zip(queries.par_chunks_exact(head_dim))
+    let of_head = rows * group; // queries of a kv head
+    let tasks = rayon::current_num_threads().div_ceil(cache.kv_heads);
+    let together = of_head.div_ceil(tasks).clamp(1, TOGETHER);
+    let mut by_head = vec![0.0; queries.len()]; // (kv heads, rows, group, head_dim)
+    by_head
+        .par_chunks_exact_mut(of_head * head_dim)
         .enumerate()
-        .for_each_init(Vec::new, |scores: &mut Vec<f32>, (index, (out, query))| {
-            let (row, head) = (index / heads, index % heads);
-            let (seen, kv_head) = (past + row + 1, head / group);
-            let blocks = &cache.blocks[..seen.div_ceil(BLOCK)];
-            scores.clear();
-            for block in blocks {
-                let keys = block.keys(cache.layer, kv_head).chunks_exact(head_dim);
-                scores.extend(keys.map(|key| scale * dot(query, key)));
-            }
-            scores.truncate(seen); // the rest of the last block is not of this row's past
-            let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut total = 0.0;
-            for (scores, block) in scores.chunks(BLOCK).zip(blocks) {
-                let values = block.values(cache.layer, kv_head).chunks_exact(head_dim);
-                for (score, value) in scores.iter().zip(values) {
-                    let weight = (score - top).exp();
-                    total += weight;
-                    add_scaled(out, weight, value);
-                }
-            }
-            let inverse = 1.0 / total;
-            out.iter_mut().for_each(|x| *x *= inverse);
+        .for_each(|(kv_head, out)| {
+            let tiles = out.par_chunks_mut(together * head_dim).enumerate();
+            tiles.for_each(|(index, out)| {
+                let place = |at: usize| (at / group, kv_head * group + at % group);
+                let own = index * together..index * together + out.len() / head_dim;
+                let mut tile: Vec<Query<'_>> = own
+                    .zip(out.chunks_exact_mut(head_dim))
+                    .map(|(at, out)| {
+                        let (row, head) = place(at);
+                        Query {
+                            query: &queries[(row * heads + head) * head_dim..][..head_dim],
+                            seen: cache.len - rows + row + 1,
+                            top: f32::NEG_INFINITY,
+                            total: 0.0,
+                            weights: [0.0; BLOCK],
+                            out,
+                        }
+                    })
+                    .collect();
+                with_fma!(attend(&mut tile, cache, kv_head));
+            });
         });
+    if cache.kv_heads == 1 {
+        return by_head; // heads come in order already
+    }
+    let mut out = vec![0.0; queries.len()];
+    let row = group * head_dim;
+    for (index, from) in by_head.chunks_exact(row).enumerate() {
+        let (kv_head, t) = (index / rows, index % rows);
+        out[(t * cache.kv_heads + kv_head) * row..][..row].copy_from_slice(from);
+    }
     out
+}
+
+/// One query on its way through the blocks.
+struct Query<'a> {
+    query: &'a [f32],
+    /// Tokens it may read.
+    seen: usize,
+    /// The largest score so far.
+    top: f32,
+    /// The sum of weights so far.
+    total: f32,
+    /// Those of the block.
+    weights: [f32; BLOCK],
+    /// The weighted sum of values so far.
+    out: &'a mut [f32],
+}
+
+#[inline(always)]
+fn attend<const FUSED: bool>(tile: &mut [Query<'_>], cache: Cache<'_>, kv_head: usize) {
+    let longest = tile.iter().map(|query| query.seen).max().unwrap_or(0);
+    for (index, block) in cache.blocks[..longest.div_ceil(BLOCK)].iter().enumerate() {
+        let keys = block.keys(cache.layer, kv_head);
+        for query in tile.iter_mut() {
+            let count = query.seen.saturating_sub(index * BLOCK).min(BLOCK);
+            query.weigh::<FUSED>(keys, count);
+        }
+        let values = block.values(cache.layer, kv_head);
+        for query in tile.iter_mut() {
+            // what lies behind the last token is nobody's
+            let count = query.seen.saturating_sub(index * BLOCK).min(BLOCK);
+            add_weighted::<FUSED>(query.out, &query.weights[..count], values);
+        }
+    }
+    for query in tile {
+        let inverse = 1.0 / query.total;
+        query.out.iter_mut().for_each(|x| *x *= inverse);
+    }
+}
+
+impl Query<'_> {
+    /// The weights of a block's first `count` tokens.
+    #[inline(always)]
+    fn weigh<const FUSED: bool>(&mut self, keys: &[f32], count: usize) {
+        if count == 0 {
+            return;
+        }
+        let scale = (self.query.len() as f32).sqrt().recip();
+        let mut scores = [f32::NEG_INFINITY; BLOCK];
+        let keys = keys.chunks_exact(self.query.len());
+        for (score, key) in scores.iter_mut().zip(keys).take(count) {
+            *score = scale * product::<FUSED>(self.query, key);
+        }
+        let top = scores.iter().copied().fold(self.top, f32::max);
+        if top > self.top {
+            let shrunk = exp(self.top - top);
+            self.total *= shrunk;
+            self.out.iter_mut().for_each(|x| *x *= shrunk);
+            self.top = top;
+        }
+        for (weight, score) in self.weights.iter_mut().zip(scores) {
+            *weight = exp(score - self.top);
+        }
+        self.total += self.weights[..count].iter().sum::<f32>();
+    }
+}
+
+/// The sum of products of two rows.
+#[inline(always)]
+fn product<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 32;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] = mul_add::<FUSED>(a[lane], b[lane], sums[lane]);
+        }
+    }
+    let mut half = [0.0; LANES / 4];
+    for (lane, half) in half.iter_mut().enumerate() {
+        *half = sums[lane] + sums[lane + 8] + (sums[lane + 16] + sums[lane + 24]);
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    half.iter().sum::<f32>() + rest
+}
+
+/// `out ← out + Σ weight · value` over the tokens of a block.
+#[inline(always)]
+fn add_weighted<const FUSED: bool>(out: &mut [f32], weights: &[f32], values: &[f32]) {
+    const LANES: usize = 32;
+    let dim = out.len();
+    let (pieces, rest) = out.as_chunks_mut::<LANES>();
+    let done = pieces.len() * LANES;
+    for (index, piece) in pieces.iter_mut().enumerate() {
+        let mut sums = *piece;
+        for (token, weight) in weights.iter().enumerate() {
+            let value = &values[token * dim + index * LANES..][..LANES];
+            for (sum, value) in sums.iter_mut().zip(value) {
+                *sum = mul_add::<FUSED>(*weight, *value, *sum);
+            }
+        }
+        *piece = sums;
+    }
+    for (at, out) in rest.iter_mut().enumerate() {
+        for (token, weight) in weights.iter().enumerate() {
+            *out += weight * values[token * dim + done + at];
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The short causal convolution in front of the delta rule.
 
-use super::silu;
+use super::{by_rows, silu};
 
 /// `y[t, c] = silu(Σⱼ weight[j, c] · u[t - K + 1 + j, c])`, with `tail` as the inputs before the first row.
 ///
@@ -12,18 +12,21 @@ pub fn causal_conv(inputs: &[f32], weight: &[f32], tail: &mut [f32], channels: u
     let past = taps - 1;
     let rows = inputs.len() / channels;
     let mut outputs = vec![0.0; inputs.len()];
-    for (t, output) in outputs.chunks_exact_mut(channels).enumerate() {
-        for (j, weight) in weight.chunks_exact(channels).enumerate() {
-            let input = match (t + j).checked_sub(past) {
-                Some(row) => &inputs[row * channels..(row + 1) * channels],
-                None => &tail[(t + j) * channels..(t + j + 1) * channels],
-            };
-            for ((y, w), u) in output.iter_mut().zip(weight).zip(input) {
-                *y += w * u;
+    let before = &*tail;
+    by_rows(&mut outputs, channels, |first, outputs| {
+        for (t, output) in (first..).zip(outputs.chunks_exact_mut(channels)) {
+            for (j, weight) in weight.chunks_exact(channels).enumerate() {
+                let input = match (t + j).checked_sub(past) {
+                    Some(row) => &inputs[row * channels..(row + 1) * channels],
+                    None => &before[(t + j) * channels..(t + j + 1) * channels],
+                };
+                for ((y, w), u) in output.iter_mut().zip(weight).zip(input) {
+                    *y += w * u;
+                }
             }
+            output.iter_mut().for_each(|y| *y = silu(*y));
         }
-        output.iter_mut().for_each(|y| *y = silu(*y));
-    }
+    });
     if rows >= past {
         tail.copy_from_slice(&inputs[(rows - past) * channels..]);
     } else {

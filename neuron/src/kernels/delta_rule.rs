@@ -1,12 +1,14 @@
 //! The gated delta rule as a scan over tokens, in place on its state (Yang et al., "Gated Delta Networks", 2024).
 
-use super::{add_scaled, dot};
+use super::{dot, mul_add, with_fma};
 use rayon::prelude::*;
 
 /// Added to the squared length of queries and keys before they are normalised; fixed by the architecture.
 const L2_EPS: f32 = 1e-6;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 15;
+/// Columns of a state that go through all rows together: with 128 keys 16 KB, and four vectors of eight.
+const COLUMNS: usize = 32;
 
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy)]
@@ -43,75 +45,135 @@ pub fn delta_rule(
     trail: &mut [f32],
     heads: Heads,
 ) -> Vec<f32> {
+    let (value, value_dim) = (heads.value, heads.value_dim);
+    let size = heads.key_dim * value_dim;
+    let rows = qkv.len() / heads.channels();
+    let mut by_head = vec![0.0; value * rows * value_dim];
+    let mut trails: Vec<&mut [f32]> = match trail.len() / value {
+        0 => (0..value).map(|_| Default::default()).collect(),
+        length => trail.chunks_exact_mut(length).collect(),
+    };
+    let inputs = Inputs {
+        qkv,
+        decay,
+        beta,
+        heads,
+    };
+    state
+        .par_chunks_exact_mut(size)
+        .zip(by_head.par_chunks_exact_mut(rows * value_dim))
+        .zip(&mut trails)
+        .with_min_len((PER_THREAD / (rows * size).max(1)).max(1))
+        .enumerate()
+        .for_each(|(h, ((state, out), trail))| with_fma!(head(&inputs, h, state, trail, out)));
+    by_token(&by_head, rows, value, value_dim)
+}
+
+struct Inputs<'a> {
+    qkv: &'a [f32],
+    decay: &'a [f32],
+    beta: &'a [f32],
+    heads: Heads,
+}
+
+/// All rows of value head `h`. Columns of its state know nothing of each other: some of them at a time go through all
+/// rows, so that they stay in the first cache.
+#[inline(always)]
+fn head<const FUSED: bool>(
+    inputs: &Inputs<'_>,
+    h: usize,
+    state: &mut [f32],
+    trail: &mut [f32],
+    out: &mut [f32],
+) {
     let Heads {
         key,
         value,
         key_dim,
         value_dim,
-    } = heads;
-    let rows = qkv.len() / heads.channels();
-    let mut by_head = vec![0.0; value * rows * value_dim];
-    let work = rows * key_dim * value_dim;
-    let head = |h: usize, state: &mut [f32], trail: &mut [f32], out: &mut [f32]| {
-        let mut trail = trail.chunks_exact_mut(key_dim * value_dim);
-        let key_head = h / (value / key);
-        let mut query = vec![0.0; key_dim];
-        let mut hit = vec![0.0; key_dim];
-        let mut delta = vec![0.0; value_dim];
-        for (t, (row, out)) in qkv
-            .chunks_exact(heads.channels())
-            .zip(out.chunks_exact_mut(value_dim))
-            .enumerate()
-        {
-            let (queries, rest) = row.split_at(key * key_dim);
-            let (keys, values) = rest.split_at(key * key_dim);
-            normalise(
-                &queries[key_head * key_dim..][..key_dim],
-                (key_dim as f32).sqrt().recip(),
-                &mut query,
+    } = inputs.heads;
+    let (key_head, channels) = (h / (value / key), inputs.heads.channels());
+    let rows = inputs.qkv.len() / channels;
+    let mut queries = vec![0.0; rows * key_dim];
+    let mut keys = vec![0.0; rows * key_dim];
+    for (t, row) in inputs.qkv.chunks_exact(channels).enumerate() {
+        let (query, rest) = row.split_at(key * key_dim);
+        let own = t * key_dim..(t + 1) * key_dim;
+        let scale = (key_dim as f32).sqrt().recip();
+        normalise(
+            &query[key_head * key_dim..][..key_dim],
+            scale,
+            &mut queries[own.clone()],
+        );
+        normalise(&rest[key_head * key_dim..][..key_dim], 1.0, &mut keys[own]);
+    }
+    let values = 2 * key * key_dim + h * value_dim;
+    let mut tile = vec![[0.0; COLUMNS]; key_dim];
+    for first in (0..value_dim).step_by(COLUMNS) {
+        let width = COLUMNS.min(value_dim - first); // columns beyond it are zeros, and stay so
+        let own = |row: usize| row * value_dim + first..row * value_dim + first + width;
+        for (k, tile) in tile.iter_mut().enumerate() {
+            *tile = [0.0; COLUMNS];
+            tile[..width].copy_from_slice(&state[own(k)]);
+        }
+        for t in 0..rows {
+            let mut written = [0.0; COLUMNS];
+            let values = &inputs.qkv[t * channels + values + first..];
+            written[..width].copy_from_slice(&values[..width]);
+            let at = t * value + h;
+            let (g, beta) = (inputs.decay[at].exp(), inputs.beta[at]);
+            let row = t * key_dim..(t + 1) * key_dim;
+            let read = step::<FUSED>(
+                &mut tile,
+                &queries[row.clone()],
+                &keys[row],
+                &written,
+                g,
+                beta,
             );
-            normalise(&keys[key_head * key_dim..][..key_dim], 1.0, &mut hit);
-            let written = &values[h * value_dim..][..value_dim];
-            let (g, beta) = (decay[t * value + h].exp(), beta[t * value + h]);
-            // S ← e^g S;  δ = β (v − Sᵀk);  S ← S + k δᵀ;  o = Sᵀq      (torch_recurrent_gated_delta_rule)
-            delta.fill(0.0);
-            for (k, row) in hit.iter().zip(state.chunks_exact_mut(value_dim)) {
-                for (s, d) in row.iter_mut().zip(delta.iter_mut()) {
-                    *s *= g;
-                    *d += k * *s;
+            out[own(t)].copy_from_slice(&read[..width]);
+            if let Some(kept) = trail.chunks_exact_mut(key_dim * value_dim).nth(t) {
+                for (k, tile) in tile.iter().enumerate() {
+                    kept[own(k)].copy_from_slice(&tile[..width]);
                 }
             }
-            for (d, v) in delta.iter_mut().zip(written) {
-                *d = beta * (v - *d);
-            }
-            for ((k, q), row) in hit
-                .iter()
-                .zip(&query)
-                .zip(state.chunks_exact_mut(value_dim))
-            {
-                add_scaled(row, *k, &delta);
-                add_scaled(out, *q, row);
-            }
-            if let Some(kept) = trail.next() {
-                kept.copy_from_slice(state);
-            }
         }
-    };
-    let mut trails: Vec<&mut [f32]> = match trail.len() / value {
-        0 => (0..value).map(|_| Default::default()).collect(),
-        size => trail.chunks_exact_mut(size).collect(),
-    };
-    state
-        .par_chunks_exact_mut(key_dim * value_dim)
-        .zip(by_head.par_chunks_exact_mut(rows * value_dim))
-        .zip(&mut trails)
-        .with_min_len((PER_THREAD / work.max(1)).max(1))
-        .enumerate()
-        .for_each(|(h, ((state, out), trail))| head(h, state, trail, out));
-    by_token(&by_head, rows, value, value_dim)
+        for (k, tile) in tile.iter().enumerate() {
+            state[own(k)].copy_from_slice(&tile[..width]);
+        }
+    }
+}
+
+/// One row's step of some columns: `S ← e^g S;  δ = β (v − Sᵀk);  S ← S + k δᵀ;  o = Sᵀq`
+/// (torch_recurrent_gated_delta_rule).
+#[inline(always)]
+fn step<const FUSED: bool>(
+    tile: &mut [[f32; COLUMNS]],
+    query: &[f32],
+    key: &[f32],
+    value: &[f32; COLUMNS],
+    g: f32,
+    beta: f32,
+) -> [f32; COLUMNS] {
+    let mut held = [0.0; COLUMNS];
+    for (k, row) in key.iter().zip(tile.iter()) {
+        for (held, s) in held.iter_mut().zip(row) {
+            *held = mul_add::<FUSED>(*k, *s, *held);
+        }
+    }
+    let delta: [f32; COLUMNS] = std::array::from_fn(|j| beta * (value[j] - g * held[j]));
+    let mut out = [0.0; COLUMNS];
+    for ((k, q), row) in key.iter().zip(query).zip(tile) {
+        for ((s, delta), out) in row.iter_mut().zip(&delta).zip(&mut out) {
+            *s = mul_add::<FUSED>(*k, *delta, g * *s);
+            *out = mul_add::<FUSED>(*q, *s, *out);
+        }
+    }
+    out
 }
 
 /// `out = x / sqrt(Σx² + eps) · scale`.
+#[inline(always)]
 fn normalise(x: &[f32], scale: f32, out: &mut [f32]) {
     let scale = scale / (dot(x, x) + L2_EPS).sqrt();
     for (out, x) in out.iter_mut().zip(x) {
@@ -196,6 +258,12 @@ mod tests {
                 value: 1,
                 key_dim: 16,
                 value_dim: 24,
+            },
+            Heads {
+                key: 1,
+                value: 2,
+                key_dim: 8,
+                value_dim: 2 * COLUMNS + 6,
             },
         ] {
             let qkv = numbers(1, rows * heads.channels());

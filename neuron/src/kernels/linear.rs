@@ -11,12 +11,16 @@ use rayon::prelude::*;
 mod dot;
 #[cfg(target_arch = "x86_64")]
 mod dot_avx2;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx2;
 
 /// Up to this many rows are multiplied by streaming the weights.
-const FEW: usize = 12;
+const FEW: usize = TILE;
+/// The same where panels are not laid out for the processor, but by a library: it lays them out anew for each product.
+const FEW_ANYWHERE: usize = 12;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 16;
-/// Rows of weights that are widened together: with 2,048 inputs half a megabyte, which stays in the cache.
+/// Rows of weights that are widened together for any processor: with 2,048 inputs half a megabyte, which stays in the cache.
 const PANEL: usize = 64;
 /// Rows of x that meet a row of weights while it is in registers.
 const TILE: usize = 4;
@@ -33,13 +37,7 @@ pub fn linear(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
             weight.width()
         );
     }
-    let product = with_f32(x, |x| {
-        if rows > FEW {
-            many_rows(x, rows, weight)
-        } else {
-            few_rows(x, rows, weight)
-        }
-    })?;
+    let product = with_f32(x, |x| multiply(x, rows, weight))?;
     Tensor::from_vec(product, (rows, weight.rows()), x.device())
 }
 
@@ -51,15 +49,23 @@ pub(super) fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Each row of weights is read once and meets all rows of x while it is in the cache.
-fn few_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
+fn multiply(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
-        return stream::<dot_avx2::Avx2>(x, rows, weight);
+        return if rows > FEW {
+            each_format!(weight.numbers(), all => tile_avx2::product(x, rows, all, weight.width()))
+        } else {
+            stream::<dot_avx2::Avx2>(x, rows, weight)
+        };
     }
-    stream::<Portable>(x, rows, weight)
+    if rows > FEW_ANYWHERE {
+        many_rows(x, rows, weight)
+    } else {
+        stream::<Portable>(x, rows, weight)
+    }
 }
 
+/// Each row of weights is read once and meets all rows of x while it is in the cache.
 fn stream<D>(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32>
 where
     D: Dot<f32> + Dot<f16> + Dot<bf16> + Dot<Q8Block> + Dot<Q6K> + Dot<Q5K> + Dot<Q4K>,
@@ -119,7 +125,7 @@ fn stream_as<W: Weight, D: Dot<W>>(
 #[derive(Clone, Copy)]
 struct Columns(*mut f32);
 
-// SAFETY: each thread writes other columns, see `many_rows`.
+// SAFETY: each thread writes other columns, see where one is made.
 #[allow(unsafe_code)]
 unsafe impl Send for Columns {}
 // SAFETY: as above.
@@ -133,7 +139,7 @@ impl Columns {
     }
 }
 
-/// A panel of weights is widened once and meets all rows of x.
+/// A panel of weights is widened once and meets all rows of x, on any processor.
 fn many_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
     let (width, out) = (weight.width(), weight.rows());
     let mut product = vec![0.0; rows * out];
@@ -192,7 +198,7 @@ mod tests {
     use crate::quant::{Format, unit};
     use candle_core::Device;
 
-    const SHAPES: [(usize, usize, usize); 12] = [
+    const SHAPES: [(usize, usize, usize); 15] = [
         (1, 7, 5),
         (1, 96, 70),
         (2, 64, 33),
@@ -205,6 +211,9 @@ mod tests {
         (2, 256, 3),
         (7, 1280, 5),
         (13, 512, 66),
+        (6, 1024, 16),
+        (23, 1792, 40),
+        (5, 3, 1),
     ];
 
     fn matrix(format: Format, out: usize, width: usize) -> Matrix {
@@ -251,29 +260,25 @@ mod tests {
                 let weight = matrix(format, out, width);
                 let x = numbers(1, rows * width);
                 let expected = reference(&x, &weight);
-                // a few rows of x are rounded to 8 bits before they meet weights in blocks
-                let bound = if unit(format).0 > 1 && rows <= FEW {
-                    0.02 * (width as f64).sqrt()
-                } else {
-                    4e-5
+                // x meets weights in blocks in 8 bits where rows are few, in 15 in panels of whole numbers
+                let blocks = unit(format).0 > 1;
+                let (exact, root) = (4e-5, (width as f64).sqrt());
+                let eight_bits = if blocks { 0.02 * root } else { exact };
+                let fifteen_bits = if blocks { 1e-4 * root } else { exact };
+                let streamed = stream::<Portable>(&x, rows, &weight);
+                let panels = many_rows(&x, rows, &weight);
+                let (dispatched, bound) = {
+                    let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("fits");
+                    let product = linear(&x, &weight).expect("fits");
+                    let product = with_f32(&product, <[f32]>::to_vec).expect("on the CPU");
+                    (product, if rows > FEW { fifteen_bits } else { eight_bits })
                 };
-                let paths: [(&str, Vec<f32>); 2] = [
-                    (
-                        "portable",
-                        if rows > FEW {
-                            many_rows(&x, rows, &weight)
-                        } else {
-                            stream::<Portable>(&x, rows, &weight)
-                        },
-                    ),
-                    ("dispatched", {
-                        let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("fits");
-                        let product = linear(&x, &weight).expect("fits");
-                        with_f32(&product, <[f32]>::to_vec).expect("on the CPU")
-                    }),
-                ];
-                for (path, found) in &paths {
-                    let diff = max_diff(found, &expected);
+                for (path, found, bound) in [
+                    ("streamed", streamed, eight_bits),
+                    ("panels", panels, exact),
+                    ("dispatched", dispatched, bound),
+                ] {
+                    let diff = max_diff(&found, &expected);
                     assert!(
                         diff < bound,
                         "{path} {format}, {rows} x {width} x {out}: {diff}"
@@ -287,7 +292,7 @@ mod tests {
     fn every_processor_gives_the_same_numbers_for_blocks() {
         // products within a block are whole numbers: only the order in which blocks are summed may differ
         for format in [Format::Q8_0, Format::Q6K, Format::Q5K, Format::Q4K] {
-            for rows in 1..=5 {
+            for rows in 1..=FEW {
                 let (width, out) = (1792, 9);
                 let weight = matrix(format, out, width);
                 let x = numbers(3, rows * width);
@@ -295,7 +300,7 @@ mod tests {
                     .into_iter()
                     .map(f64::from)
                     .collect();
-                let diff = max_diff(&few_rows(&x, rows, &weight), &portable);
+                let diff = max_diff(&multiply(&x, rows, &weight), &portable);
                 assert!(diff < 2e-5, "{format}, {rows} rows: {diff}");
             }
         }
@@ -314,7 +319,7 @@ mod tests {
                 .flat_map(|input| input.values.map(|value| input.scale * f32::from(value)))
                 .collect();
             let expected = reference(&rounded, &weight);
-            let diff = max_diff(&few_rows(&x, 1, &weight), &expected);
+            let diff = max_diff(&multiply(&x, 1, &weight), &expected);
             assert!(diff < 2e-5, "{format}: {diff}");
         }
     }

@@ -1,28 +1,34 @@
 //! Root-mean-square norms over the rows of a matrix.
 
-use super::silu;
+use super::{by_rows, silu};
 
 /// `y = x / sqrt(mean(x²) + eps) · w` for every `w.len()` numbers of `x`.
 pub fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
-    for row in x.chunks_exact_mut(weight.len()) {
-        let scale = inverse_rms(row, eps);
-        for (x, w) in row.iter_mut().zip(weight) {
-            *x = *x * scale * w;
+    by_rows(x, weight.len(), |_, x| {
+        for row in x.chunks_exact_mut(weight.len()) {
+            let scale = inverse_rms(row, eps);
+            for (x, w) in row.iter_mut().zip(weight) {
+                *x = *x * scale * w;
+            }
         }
-    }
+    });
 }
 
 /// `y = w · x / sqrt(mean(x²) + eps) · silu(z)`: the norm comes before the gate.
 pub fn gated_rms_norm(x: &mut [f32], z: &[f32], weight: &[f32], eps: f32) {
     let width = weight.len();
-    for (row, z) in x.chunks_exact_mut(width).zip(z.chunks_exact(width)) {
-        let scale = inverse_rms(row, eps);
-        for ((x, w), z) in row.iter_mut().zip(weight).zip(z) {
-            *x = *x * scale * w * silu(*z);
+    by_rows(x, width, |first, x| {
+        let z = &z[first * width..];
+        for (row, z) in x.chunks_exact_mut(width).zip(z.chunks_exact(width)) {
+            let scale = inverse_rms(row, eps);
+            for ((x, w), z) in row.iter_mut().zip(weight).zip(z) {
+                *x = *x * scale * w * silu(*z);
+            }
         }
-    }
+    });
 }
 
+#[inline(always)]
 fn inverse_rms(row: &[f32], eps: f32) -> f32 {
     let mean = super::dot(row, row) / row.len() as f32;
     1.0 / (mean + eps).sqrt()

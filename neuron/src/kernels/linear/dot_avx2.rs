@@ -15,7 +15,7 @@ pub(super) struct Avx2;
 const LANES: usize = 8;
 
 /// A number that eight of are widened to f32 at once.
-trait Widen: Copy {
+pub(super) trait Widen: Copy {
     /// Eight numbers from `at`.
     ///
     /// # Safety
@@ -421,7 +421,7 @@ unsafe fn six_bits<const ROWS: usize>(weights: &[Q6K], xs: &[&[WideInput]], out:
 /// An f16 in f32.
 #[inline]
 #[target_feature(enable = "f16c")]
-fn widened(x: f16) -> f32 {
+pub(super) fn widened(x: f16) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(x.to_bits()))))
 }
 

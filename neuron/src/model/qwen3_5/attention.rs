@@ -3,7 +3,7 @@
 use super::Pass;
 use super::config::Config;
 use crate::kernels::attention::{Cache, attention};
-use crate::kernels::{sigmoid, with_f32};
+use crate::kernels::{gate, with_f32};
 use crate::memory::LayerState;
 use crate::memory::pool::KvShape;
 use crate::model::LoadError;
@@ -96,9 +96,7 @@ impl Attention {
             let own = segment.rows.start * q_row..segment.rows.end * q_row;
             attended.extend(attention(&queries[own], cache, self.heads, dim)); // (rows, heads, d)
         }
-        for (x, gate) in attended.iter_mut().zip(&gates) {
-            *x *= sigmoid(*gate);
-        }
+        gate(&mut attended, &gates);
         let rows = pass.batch.ids.len();
         self.o_proj
             .forward(&Tensor::from_vec(attended, (rows, q_row), x.device())?)

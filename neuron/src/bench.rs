@@ -1,0 +1,289 @@
+//! `neuron bench`: how fast this machine computes a model, and how near that is to what its memory gives.
+//!
+//! The model alone is measured, without the engine, the tokenizer and HTTP around it.
+
+use crate::kernels;
+use crate::memory::SequenceState;
+use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
+use crate::quant::Format;
+use rayon::prelude::*;
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// What to measure.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BenchArgs {
+    /// The model: a folder in Hugging Face layout or a GGUF file; it needs no tokenizer.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Hold its weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k [default: that of its files]
+    #[arg(long, value_name = "FORMAT")]
+    pub quant: Option<Format>,
+    /// Tokens of a prompt.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub prompt: usize,
+    /// The prompt is computed in pieces of this many tokens, as the engine does.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub chunk: usize,
+    /// Tokens that each sequence writes.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub generate: usize,
+    /// Tokens that are before the first one written.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub depth: usize,
+    /// Sequences that write at once, one measurement for each number.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,8")]
+    pub batch: Vec<usize>,
+    /// Threads that compute [default: as many as there are processors]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// How often each measurement is made; the median counts.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub rounds: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Measuring could not begin, or could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The model could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A step failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The threads cannot be had.
+    #[error("threads: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Threads that computed.
+    pub threads: usize,
+    /// Bytes of the weights in memory.
+    pub weight_bytes: u64,
+    /// Seconds until they were there.
+    pub load_seconds: f64,
+    /// Bytes a second that these threads read from memory.
+    pub read_bandwidth: f64,
+    /// One entry a measurement.
+    pub measurements: Vec<Measurement>,
+}
+
+/// One measurement.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measurement {
+    /// What: `prefill` or `decode`.
+    pub what: &'static str,
+    /// Sequences at once.
+    pub batch: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+    /// Tokens a second over all sequences; the median of the rounds.
+    pub tokens_per_second: f64,
+    /// Of decoding: bytes of weights that a step would read if each were read once, over the read bandwidth.
+    pub bandwidth_share: Option<f64>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:.3} GB of weights, loaded in {:.1} s; {} threads read {:.1} GB/s\n",
+            self.weight_bytes as f64 / 1e9,
+            self.load_seconds,
+            self.threads,
+            self.read_bandwidth / 1e9
+        )?;
+        writeln!(f, "| | batch | tokens | tokens/s | of the read bandwidth |")?;
+        write!(f, "|---|--:|--:|--:|--:|")?;
+        for one in &self.measurements {
+            let share = one
+                .bandwidth_share
+                .map_or("–".into(), |share| format!("{:.0} %", 100.0 * share));
+            write!(
+                f,
+                "\n| {} | {} | {} | {:.1} | {share} |",
+                one.what, one.batch, one.tokens, one.tokens_per_second
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Measures.
+///
+/// # Errors
+/// When the model cannot be loaded or a step fails.
+pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
+    if let Some(threads) = args.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build_global()?;
+    }
+    let began = Instant::now();
+    let options = LoadOptions {
+        quant: args.quant,
+        ..LoadOptions::cpu()
+    };
+    let model = model::load(&args.model, &options, &|_| {})?;
+    let load_seconds = began.elapsed().as_secs_f64();
+    let read_bandwidth = read_bandwidth(args.rounds);
+    let weight_bytes = model.weight_bytes();
+    let mut measurements = Vec::new();
+    if args.prompt > 0 {
+        let seconds = median(args.rounds, || prefill(&*model, args))?;
+        measurements.push(Measurement {
+            what: "prefill",
+            batch: 1,
+            tokens: args.prompt,
+            tokens_per_second: args.prompt as f64 / seconds,
+            bandwidth_share: None,
+        });
+    }
+    for batch in args.batch.iter().copied().filter(|batch| *batch > 0) {
+        if args.generate == 0 {
+            break;
+        }
+        let seconds = median(args.rounds, || decode(&*model, batch, args))?;
+        let steps_per_second = args.generate as f64 / seconds;
+        measurements.push(Measurement {
+            what: "decode",
+            batch,
+            tokens: args.generate,
+            tokens_per_second: batch as f64 * steps_per_second,
+            bandwidth_share: Some(steps_per_second * weight_bytes as f64 / read_bandwidth),
+        });
+    }
+    Ok(Report {
+        threads: rayon::current_num_threads(),
+        weight_bytes,
+        load_seconds,
+        read_bandwidth,
+        measurements,
+    })
+}
+
+fn median(
+    rounds: usize,
+    mut seconds: impl FnMut() -> Result<f64, ModelError>,
+) -> Result<f64, ModelError> {
+    let mut all = (0..rounds)
+        .map(|_| seconds())
+        .collect::<Result<Vec<_>, _>>()?;
+    all.sort_by(f64::total_cmp);
+    Ok(all[all.len() / 2])
+}
+
+/// Token ids that are not all the same.
+fn ids(model: &dyn CausalLm, count: usize) -> Vec<u32> {
+    let entries = model.vocab_size().max(1);
+    (0..count).map(|at| (at * 7919 % entries) as u32).collect()
+}
+
+/// Runs `count` tokens of one sequence in pieces.
+fn read(
+    model: &dyn CausalLm,
+    state: &mut SequenceState,
+    count: usize,
+    chunk: usize,
+) -> Result<(), ModelError> {
+    let ids = ids(model, count);
+    let mut pieces = ids.chunks(chunk).peekable();
+    while let Some(piece) = pieces.next() {
+        let logits = match pieces.peek() {
+            Some(_) => LogitRows::None,
+            None => LogitRows::Last,
+        };
+        model.forward(&Batch::single(piece, logits), &mut [&mut *state])?;
+    }
+    Ok(())
+}
+
+fn prefill(model: &dyn CausalLm, args: &BenchArgs) -> Result<f64, ModelError> {
+    let mut state = model.new_state();
+    let began = Instant::now();
+    read(model, &mut state, args.prompt, args.chunk)?;
+    Ok(began.elapsed().as_secs_f64())
+}
+
+fn decode(model: &dyn CausalLm, batch: usize, args: &BenchArgs) -> Result<f64, ModelError> {
+    let mut states: Vec<SequenceState> = (0..batch).map(|_| model.new_state()).collect();
+    for state in &mut states {
+        read(model, state, args.depth, args.chunk)?;
+    }
+    let written = ids(model, args.generate);
+    let step = |states: &mut [SequenceState], id: u32| {
+        let mut rows = Batch::default();
+        for state in 0..states.len() {
+            rows.push(state, &[id], LogitRows::Last);
+        }
+        let mut states: Vec<&mut SequenceState> = states.iter_mut().collect();
+        model.forward(&rows, &mut states).map(drop)
+    };
+    step(&mut states, 0)?; // memory is touched for the first time
+    let began = Instant::now();
+    for id in written {
+        step(&mut states, id)?;
+    }
+    Ok(began.elapsed().as_secs_f64())
+}
+
+/// Bytes a second that all threads together read, the best of some rounds.
+fn read_bandwidth(rounds: usize) -> f64 {
+    const NUMBERS: usize = 1 << 27; // half a gigabyte, more than any cache
+    let numbers = vec![1f32; NUMBERS];
+    let part = NUMBERS / rayon::current_num_threads().max(1) / 4;
+    let best = (0..rounds + 2)
+        .map(|_| {
+            let began = Instant::now();
+            let sum: f32 = numbers
+                .par_chunks(part.max(1))
+                .map(|part| {
+                    kernels::vectorised(
+                        #[inline(always)]
+                        || kernels::dot(part, part),
+                    )
+                })
+                .sum();
+            std::hint::black_box(sum);
+            began.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    (4 * NUMBERS) as f64 / best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_model_is_measured() {
+        let folder = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/models/qwen3_5_text"
+        );
+        let args = BenchArgs {
+            model: folder.into(),
+            quant: None,
+            prompt: 20,
+            chunk: 8,
+            generate: 2,
+            depth: 3,
+            batch: vec![1, 3],
+            threads: None,
+            rounds: 1,
+            json: false,
+        };
+        let model = model::load(&args.model, &LoadOptions::cpu(), &|_| {}).unwrap();
+        let seconds = prefill(&*model, &args).unwrap();
+        assert!(seconds > 0.0);
+        let seconds = decode(&*model, 3, &args).unwrap();
+        assert!(seconds > 0.0);
+    }
+}
