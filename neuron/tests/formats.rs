@@ -278,6 +278,30 @@ fn any_change_of_a_header_is_read_or_refused() {
 }
 
 #[test]
+fn sizes_that_no_model_has_are_refused_by_name() {
+    let text = fs::read_to_string(fixture("qwen3_next_moe").join("config.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for key in [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "head_dim",
+        "num_attention_heads",
+        "linear_num_value_heads",
+        "linear_conv_kernel_dim",
+        "num_experts",
+        "max_position_embeddings",
+    ] {
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config[key] = (1u64 << 40).into();
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let loaded = model::load(folder.path(), &LoadOptions::cpu(), &|_| {});
+        let error = loaded.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("at most"), "{error}");
+    }
+}
+
+#[test]
 fn a_gguf_file_that_cannot_be_used_is_refused_by_name() {
     let (_place, file) = converted(&fixture("qwen3_5_text"), GgmlDType::F32);
     let bytes = fs::read(&file).unwrap();

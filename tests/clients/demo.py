@@ -106,6 +106,9 @@ def messages(base, model):
     whole = client.messages.create(**ask, messages=turns)
     counted = client.messages.count_tokens(model=model, messages=turns, tools=[tool]).input_tokens
     assert counted == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0), (counted, whole.usage)
+    with client.messages.stream(**ask, messages=turns) as stream:
+        (begun,) = [event.message.usage.input_tokens for event in stream if event.type == "message_start"]
+    assert begun == counted, "a stream begins with what is known: the tokens of its prompt"
     parsed = client.messages.parse(model=model, max_tokens=64, messages=turns[:1], output_format=Verdict)
     assert isinstance(parsed.parsed_output, Verdict), parsed
 
