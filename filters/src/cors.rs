@@ -12,8 +12,7 @@ use std::time::Duration;
 use tower::{Layer, Service};
 
 /// Headers of an answer that a page may read.
-const EXPOSED: &str =
-    "x-request-id, request-id, retry-after, x-cortex-node, x-cortex-estimated, x-unknown-fields";
+const EXPOSED: &str = "x-request-id, request-id, retry-after, x-cortex-node, x-cortex-estimated, x-prompt-tokens, x-unknown-fields";
 
 /// Puts [`Cors`] around a stack.
 #[derive(Debug, Clone)]

@@ -223,6 +223,84 @@ fn tokenizer_and_template_of_a_gguf_file_are_those_of_the_folder() {
     }
 }
 
+/// Changes a byte or a number of `header`, or all of them: to what is next to it, or to anything.
+fn changed(header: &[u8], random: &mut StdRng) -> Vec<u8> {
+    let mut bytes = header.to_vec();
+    for _ in 0..random.random_range(1..4) {
+        let at = random.random_range(0..bytes.len() - 8);
+        match random.random_range(0..4) {
+            0 => bytes[at] = random.random(),
+            1 => bytes[at] = bytes[at].wrapping_add(1),
+            2 => bytes[at..at + 8].fill(0xff),
+            // a digit of a number in JSON
+            _ => {
+                let digit = bytes[at..].iter().position(u8::is_ascii_digit);
+                bytes[at + digit.unwrap_or(0)] = b'0' + random.random_range(0..10u8);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn any_change_of_a_header_is_read_or_refused() {
+    let source = fixture("qwen3_next_moe");
+    let (_place, file) = converted(&source, GgmlDType::F32);
+    let gguf = fs::read(&file).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let safetensors = folder.path().join("model.safetensors");
+    fs::copy(
+        source.join("config.json"),
+        folder.path().join("config.json"),
+    )
+    .unwrap();
+    let plain = fs::read(source.join("model.safetensors")).unwrap();
+    let length = u64::from_le_bytes(plain[..8].try_into().unwrap()) as usize + 8;
+    let load = |place: &Path| {
+        model::load(place, &LoadOptions::cpu(), &|_| {})
+            .err()
+            .map(|error| error.to_string())
+    };
+    for seed in 0..150 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let bytes = [&changed(&gguf[..8192], &mut random), &gguf[8192..]].concat();
+        fs::write(&file, bytes).unwrap();
+        let bytes = [&changed(&plain[..length], &mut random), &plain[length..]].concat();
+        fs::write(&safetensors, bytes).unwrap();
+        for place in [&file, folder.path()] {
+            let loaded = std::panic::catch_unwind(|| load(place));
+            let refused = loaded.unwrap_or_else(|_| panic!("seed {seed}: {}", place.display()));
+            assert!(refused.is_none_or(|why| !why.is_empty()), "seed {seed}");
+        }
+        let text = std::panic::catch_unwind(|| ModelText::load(&file).is_ok());
+        assert!(text.is_ok(), "seed {seed}");
+    }
+}
+
+#[test]
+fn sizes_that_no_model_has_are_refused_by_name() {
+    let text = fs::read_to_string(fixture("qwen3_next_moe").join("config.json")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for key in [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "head_dim",
+        "num_attention_heads",
+        "linear_num_value_heads",
+        "linear_conv_kernel_dim",
+        "num_experts",
+        "max_position_embeddings",
+    ] {
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config[key] = (1u64 << 40).into();
+        fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        let loaded = model::load(folder.path(), &LoadOptions::cpu(), &|_| {});
+        let error = loaded.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("at most"), "{error}");
+    }
+}
+
 #[test]
 fn a_gguf_file_that_cannot_be_used_is_refused_by_name() {
     let (_place, file) = converted(&fixture("qwen3_5_text"), GgmlDType::F32);

@@ -204,6 +204,61 @@ mod tests {
     }
 
     #[test]
+    fn any_bytes_cut_anywhere_give_the_same_events_within_the_limit() {
+        const PARTS: [&[u8]; 12] = [
+            b"data:",
+            b"data: ",
+            b"event: x",
+            b":",
+            b"id",
+            b"\n",
+            b"\r",
+            b"\r\n",
+            b"\n\n",
+            b"abc",
+            b"\xff",
+            b" ",
+        ];
+        let mut state = 1u64;
+        let mut below = |most: usize| {
+            // Knuth's generator: this crate has no other
+            state = state
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (state >> 33) as usize % most
+        };
+        for round in 0..5000 {
+            let count = below(20);
+            let stream: Vec<u8> = (0..count)
+                .flat_map(|_| PARTS[below(PARTS.len())])
+                .copied()
+                .collect();
+            let limit = 1 + below(20);
+            let run = |size: usize| {
+                let mut decoder = Decoder::new(limit);
+                let mut events = Vec::new();
+                let mut pieces = stream.chunks(size);
+                let fed = pieces.try_for_each(|piece| decoder.feed(piece, &mut events));
+                (events, fed.map(|()| decoder.is_idle()))
+            };
+            let whole = run(stream.len().max(1));
+            let size = 1 + below(5);
+            let cut = run(size);
+            assert_eq!(cut, whole, "round {round}, pieces of {size}: {stream:?}");
+            for event in whole.0 {
+                let length = match &event {
+                    Event::Message { data, .. } => data.len(),
+                    Event::Comment(comment) => comment.len(),
+                };
+                assert!(
+                    length <= limit,
+                    "round {round}: {event:?} passed a limit of {limit}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn an_endless_line_is_refused() {
         let mut decoder = Decoder::new(10);
         let mut events = Vec::new();

@@ -1,7 +1,7 @@
 //! Tokens on the wire: log probabilities in answers, and the requests that turn text into tokens and back.
 
 use crate::chat::{Message, Tool};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ChatLogprobs {
     /// One entry per token, thinking and the end of the turn included.
+    #[serde(default, deserialize_with = "or_empty")]
     pub content: Vec<ChatLogprob>,
 }
 
@@ -19,9 +20,11 @@ pub struct ChatLogprob {
     pub token: String,
     /// Its log probability as the model computed it, before temperature, penalties and grammars.
     pub logprob: f32,
-    /// Its text byte by byte.
+    /// Its text byte by byte; empty where an upstream does not say.
+    #[serde(default, deserialize_with = "or_empty")]
     pub bytes: Vec<u8>,
     /// The likeliest tokens at this place, likeliest first.
+    #[serde(default, deserialize_with = "or_empty")]
     pub top_logprobs: Vec<TopLogprob>,
 }
 
@@ -32,8 +35,14 @@ pub struct TopLogprob {
     pub token: String,
     /// Its log probability.
     pub logprob: f32,
-    /// Its text byte by byte.
+    /// Its text byte by byte; empty where an upstream does not say.
+    #[serde(default, deserialize_with = "or_empty")]
     pub bytes: Vec<u8>,
+}
+
+/// Null is none.
+fn or_empty<'de, D: Deserializer<'de>, T: Deserialize<'de>>(list: D) -> Result<Vec<T>, D::Error> {
+    Ok(Option::deserialize(list)?.unwrap_or_default())
 }
 
 /// Log probabilities of a text completion: four lists with an entry per token each.

@@ -30,6 +30,7 @@ def fields_are_documented():
         fields = {name for kind in types for name in kind.__annotations__} - HEADERS
         assert fields <= named, f"docs/dialects.md lacks {sorted(fields - named)} of {title}"
 
+import demo
 import responses
 
 
@@ -115,4 +116,5 @@ if __name__ == "__main__":
     responses.golden()
     responses.running(base, model)
     anthropic_messages(base, model)
+    demo.loops(base, model)
     print(f"openai {openai.__version__} and anthropic {anthropic.__version__}: whole, streamed and refused as they should be")

@@ -154,6 +154,13 @@ def golden():
             if last.type == "response.completed":
                 final = stream.get_final_response()
                 assert [item.id for item in final.output] == [item.id for item in last.response.output]
+            elif last.type == "response.failed":
+                try:
+                    list(stream)
+                except openai.APIError as error:
+                    assert error.message == last.response.error.message, error
+                else:
+                    raise AssertionError(f"{case.name} ends with an error")
             else:
                 assert list(stream)[-1].type == last.type
 

@@ -1,6 +1,6 @@
-// The official Node SDKs against a cortex over the scripted node, and against the demo model.
+// The official Node SDKs against a cortex over the scripted node.
 //
-// usage: node scripted.mjs SCRIPTED_URL DEMO_URL DEMO_MODEL, with the SDKs in NODE_CLIENTS/node_modules
+// usage: node scripted.mjs BASE_URL, with the SDKs in NODE_CLIENTS/node_modules
 
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
@@ -9,7 +9,7 @@ import { join } from "node:path";
 const require = createRequire(join(process.env.NODE_CLIENTS, "here.js"));
 const { default: OpenAI } = require("openai");
 const { default: Anthropic } = require("@anthropic-ai/sdk");
-const [scripted, demo, demoModel] = process.argv.slice(2);
+const [base] = process.argv.slice(2);
 const model = "scripted";
 const user = (content) => [{ role: "user", content }];
 const schema = { type: "object", properties: { place: { type: "string" } }, required: ["place"] };
@@ -35,6 +35,34 @@ async function openaiChat(base) {
   await assert.rejects(ask("down"), OpenAI.InternalServerError);
   await assert.rejects(client.chat.completions.create({ model: "nobody", messages: user("x") }), OpenAI.NotFoundError);
   assert.ok((await ask("busy once, openai in node", { maxRetries: 2 })).choices[0].message.content);
+}
+
+async function openaiResponses(base) {
+  const client = new OpenAI({ baseURL: `${base}/v1`, apiKey: "unused", maxRetries: 0 });
+  const tool = { type: "function", name: "weather", parameters: schema, strict: true };
+  const stream = client.responses.stream({ model, input: "Weather?", tools: [tool], reasoning: { summary: "auto" } });
+  const kinds = [];
+  for await (const event of stream) kinds.push(event.type);
+  const whole = await stream.finalResponse();
+  assert.equal(kinds[0], "response.created");
+  assert.equal(kinds.at(-1), "response.completed");
+  const calls = whole.output.filter((item) => item.type === "function_call");
+  assert.deepEqual(calls.map((call) => JSON.parse(call.arguments).place), ["Bern", "Basel"]);
+  assert.equal(whole.usage.input_tokens_details.cached_tokens, 8);
+  const results = calls.map((call) => ({ type: "function_call_output", call_id: call.call_id, output: "sunny" }));
+  const told = await client.responses.create({ model, input: results, tools: [tool], previous_response_id: whole.id });
+  assert.equal(told.output_text, "It is sunny.");
+  const format = { type: "json_schema", name: "person", schema: { type: "object", properties: { name: { type: "string" } } } };
+  const parsed = await client.responses.parse({ model, input: "Who?", text: { format } });
+  assert.deepEqual(parsed.output_parsed, { name: "Ada", age: 36 });
+  const ask = (input, options) => client.responses.create({ model, input }, options);
+  await assert.rejects(ask("always busy"), OpenAI.RateLimitError);
+  await assert.rejects(ask("down"), OpenAI.InternalServerError);
+  await assert.rejects(client.responses.create({ model: "nobody", input: "x" }), OpenAI.NotFoundError);
+  const refused = (error) => error instanceof OpenAI.BadRequestError && error.param === "background";
+  await assert.rejects(client.responses.create({ model, input: "x", background: true }), refused);
+  await assert.rejects(client.responses.stream({ model, input: "die" }).finalResponse(), /poisoned/);
+  assert.ok((await ask("busy once, responses in node", { maxRetries: 2 })).output_text);
 }
 
 async function anthropicMessages(base) {
@@ -64,21 +92,7 @@ async function anthropicMessages(base) {
   assert.ok((await send("busy once, anthropic in node", { maxRetries: 2 })).content);
 }
 
-// the demo model itself: whole and streamed answers agree
-async function demoModelAnswers(base) {
-  const client = new Anthropic({ baseURL: base, apiKey: "unused", maxRetries: 0 });
-  const ask = { model: demoModel, max_tokens: 16, messages: user("Hello"), temperature: 0 };
-  const text = (message) => message.content.map((block) => block.text ?? "").join("");
-  const whole = await client.messages.create(ask);
-  const streamed = await client.messages.stream(ask).finalMessage();
-  assert.equal(text(streamed), text(whole));
-  assert.equal(streamed.usage.output_tokens, whole.usage.output_tokens);
-  const openai = new OpenAI({ baseURL: `${base}/v1`, apiKey: "unused", maxRetries: 0 });
-  const reply = await openai.chat.completions.create({ model: demoModel, max_tokens: 16, messages: user("Hello"), temperature: 0 });
-  assert.equal(reply.choices[0].message.content ?? "", text(whole));
-}
-
-await openaiChat(scripted);
-await anthropicMessages(scripted);
-await demoModelAnswers(demo);
-console.log("Node: tools, thinking, failures, retries and the demo model as they should be");
+await openaiChat(base);
+await openaiResponses(base);
+await anthropicMessages(base);
+console.log("Node: tools, thinking, failures and retries as they should be");

@@ -59,6 +59,31 @@ def openai_chat(base):
     assert "poisoned" in str(fails(openai.APIError, lambda: list(stream)))
 
 
+def openai_responses(base):
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key="unused", max_retries=0)
+    tool = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}, "strict": False}
+    with client.responses.stream(model=MODEL, input="Weather?", tools=[tool], reasoning={"summary": "auto"}) as stream:
+        for _ in stream:
+            pass
+        whole = stream.get_final_response()
+    calls = [item for item in whole.output if item.type == "function_call"]
+    assert [json.loads(call.arguments)["place"] for call in calls] == ["Bern", "Basel"]
+    assert whole.usage.input_tokens_details.cached_tokens == 8
+    results = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls]
+    told = client.responses.create(model=MODEL, input=results, tools=[tool], previous_response_id=whole.id)
+    assert told.output_text == "It is sunny."
+    assert client.responses.parse(model=MODEL, input="Who?", text_format=Person).output_parsed == Person(name="Ada", age=36)
+    ask = lambda text, **more: client.with_options(**more).responses.create(model=MODEL, input=text)
+    assert fails(openai.RateLimitError, lambda: ask("always busy")).request_id
+    fails(openai.InternalServerError, lambda: ask("down"))
+    fails(openai.InternalServerError, lambda: ask("broken"))
+    start = time.monotonic()
+    assert ask("busy once, responses", max_retries=2).output_text
+    assert time.monotonic() - start >= 0.9, "Retry-After is honoured"
+    stream = client.responses.create(model=MODEL, input="die", stream=True)
+    assert "poisoned" in str(fails(openai.APIError, lambda: list(stream)))
+
+
 def anthropic_messages(base):
     client = anthropic.Anthropic(base_url=base, api_key="unused", max_retries=0)
     ask = dict(model=MODEL, max_tokens=3000)
@@ -123,5 +148,6 @@ def anthropic_messages(base):
 if __name__ == "__main__":
     (base,) = sys.argv[1:]
     openai_chat(base)
+    openai_responses(base)
     anthropic_messages(base)
     print("Python: tools, schemas, thinking, failures and retries as they should be")

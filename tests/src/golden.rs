@@ -4,6 +4,7 @@
 //! `answer.json` → `reply.json` or `answer.sse` → `reply.sse`. Set `UPDATE_GOLDEN=1` to write what is seen instead.
 
 use bytes::Bytes;
+use filters::rescue::RescueLayer;
 use filters::translate::TranslateLayer;
 use filters::{Body, Request, Response, ResponseFuture};
 use futures::StreamExt;
@@ -69,7 +70,8 @@ fn cut(answer: &[u8], seed: u64) -> Vec<Vec<u8>> {
 
 /// What went upstream, and what the client saw.
 async fn run(path: &str, sent: &[u8], pieces: Vec<Vec<u8>>, streamed: bool) -> (Vec<u8>, String) {
-    let (head, ()) = http::Request::post(path).body(()).unwrap().into_parts();
+    let request = http::Request::post(path).header("x-request-id", "golden");
+    let (head, ()) = request.body(()).unwrap().into_parts();
     let request = Request::new(head, Bytes::copy_from_slice(sent));
     let seen = Arc::new(Mutex::new(Vec::new()));
     let kept = seen.clone();
@@ -90,7 +92,9 @@ async fn run(path: &str, sent: &[u8], pieces: Vec<Vec<u8>>, streamed: bool) -> (
             .unwrap();
         Box::pin(std::future::ready(Ok::<Response, _>(response)))
     });
-    let response = TranslateLayer.layer(node).call(request).await.unwrap();
+    // errors are part of what a client sees
+    let mut stack = RescueLayer.layer(TranslateLayer.layer(node));
+    let Ok(response) = stack.call(request).await;
     let reply = response.into_body().collect(1 << 20).await.unwrap();
     let upstream = seen.lock().unwrap().clone();
     (upstream, keyless(std::str::from_utf8(&reply).unwrap()))

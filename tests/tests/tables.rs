@@ -12,8 +12,8 @@ use tests::golden::updating;
 /// The document, its tables from the code.
 fn document() -> String {
     let tables = [
-        ("TABLE: chat", markdown(openai::CHAT)),
-        ("TABLE: completions", markdown(openai::COMPLETIONS)),
+        ("TABLE: chat", markdown(&openai::chat())),
+        ("TABLE: completions", markdown(&openai::completions())),
         ("TABLE: responses", markdown(&responses::rows())),
         ("TABLE: messages", markdown(&messages::rows())),
     ];
@@ -71,12 +71,12 @@ async fn a_neuron_does_with_each_field_what_the_tables_say() {
         json!({"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]});
     let text = json!({"model": "m", "max_tokens": 1, "prompt": "hi"});
     for (path, plain, fields) in [
-        ("chat/completions", &chat, openai::CHAT),
-        ("completions", &text, openai::COMPLETIONS),
+        ("chat/completions", &chat, openai::chat()),
+        ("completions", &text, openai::completions()),
     ] {
         for field in fields {
             let url = format!("http://{address}/v1/{path}");
-            let (status, param, unknown) = send(&url, plain, field).await;
+            let (status, param, unknown) = send(&url, plain, &field).await;
             let what = format!("{path}, {}", field.name);
             match field.fate {
                 Fate::Refused(_) => {

@@ -271,7 +271,7 @@ async fn input_items_come_in_pages_and_in_full() {
         ("limit=many", "limit"),
         ("order=up", "order"),
         ("after=nothing", "after"),
-        ("include[]=message.output_text.logprobs", "include"),
+        ("include[]=file_search_call.results", "include"),
     ] {
         let error = get(&store, &format!("{path}?{query}"))
             .await

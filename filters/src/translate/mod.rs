@@ -94,6 +94,9 @@ pub trait Answer: Send {
 
 /// Translates one streamed answer, chunk by chunk. A state machine without I/O: any split of a stream gives the same events.
 pub trait Translator: Send {
+    /// Learns how many tokens the prompt has, where the node says so before the stream begins.
+    fn prompt(&mut self, _tokens: u64) {}
+
     /// Appends the events that `chunk` calls for.
     fn chunk(&mut self, chunk: &ChatChunk, out: &mut Vec<u8>);
 
@@ -156,6 +159,11 @@ fn rewritten(old: Bytes, value: &impl Serialize) -> Bytes {
     let mut writer = room.writer();
     serde_json::to_writer(&mut writer, value).expect("wire types always serialise");
     writer.into_inner().freeze()
+}
+
+fn prompt_tokens(headers: &http::HeaderMap) -> Option<u64> {
+    let value = headers.get(protocol::ext::PROMPT_TOKENS_HEADER)?;
+    value.to_str().ok()?.parse().ok()
 }
 
 /// The dialect spoken on a path.
@@ -227,7 +235,11 @@ where
             let body = if body.as_whole().is_some() {
                 body.try_map_whole(|bytes| answer.whole(bytes))?
             } else {
-                body.map_stream(|body| Translated::new(body, answer.stream()))
+                let mut translator = answer.stream();
+                if let Some(tokens) = prompt_tokens(&head.headers) {
+                    translator.prompt(tokens);
+                }
+                body.map_stream(|body| Translated::new(body, translator))
             };
             Ok(Response::from_parts(head, body))
         })

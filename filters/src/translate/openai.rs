@@ -4,13 +4,20 @@
 use super::fields::Fate::{Accepted, Honoured, Refused};
 use super::fields::Field;
 
-/// Chat completions.
-pub const CHAT: &[Field] = &[
-    Field::new(
-        "model",
-        Honoured("an alias is replaced by its model's id"),
-        "{}",
-    ),
+/// Every field of chat completions.
+#[must_use]
+pub fn chat() -> Vec<Field> {
+    [CHAT, BOTH].concat()
+}
+
+/// Every field of text completions.
+#[must_use]
+pub fn completions() -> Vec<Field> {
+    [COMPLETIONS, BOTH].concat()
+}
+
+/// What chat completions alone have, or have otherwise.
+const CHAT: &[Field] = &[
     Field::new(
         "messages",
         Honoured(
@@ -23,27 +30,11 @@ pub const CHAT: &[Field] = &[
         Refused("other parts than text: images, sounds and files are not read yet"),
         r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,AA=="}}]}]}"#,
     ),
-    Field::new("stream", Honoured(""), r#"{"stream":true}"#),
-    Field::new(
-        "stream_options.include_usage",
-        Honoured("asked of the node in any case; told to those who ask"),
-        r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
-    ),
     Field::new("max_tokens", Honoured(""), r#"{"max_tokens":2}"#),
     Field::new(
         "max_completion_tokens",
         Honoured(""),
         r#"{"max_completion_tokens":2}"#,
-    ),
-    Field::new("temperature", Honoured(""), r#"{"temperature":0.5}"#),
-    Field::new("top_p", Honoured(""), r#"{"top_p":0.5}"#),
-    Field::new("top_k", Honoured("an extension"), r#"{"top_k":5}"#),
-    Field::new("min_p", Honoured("an extension"), r#"{"min_p":0.1}"#),
-    Field::new("seed", Honoured(""), r#"{"seed":1}"#),
-    Field::new(
-        "stop",
-        Honoured("a string or up to 16"),
-        r#"{"stop":["x"]}"#,
     ),
     Field::new(
         "tools",
@@ -71,11 +62,6 @@ pub const CHAT: &[Field] = &[
         r#"{"chat_template_kwargs":{"enable_thinking":false}}"#,
     ),
     Field::new(
-        "user",
-        Accepted("nothing depends on it yet"),
-        r#"{"user":"u"}"#,
-    ),
-    Field::new(
         "tools[0].function.strict",
         Honoured("arguments follow the schema"),
         r#"{"tools":[{"type":"function","function":{"name":"t","parameters":{"type":"object","properties":{},"additionalProperties":false},"strict":true}}]}"#,
@@ -100,64 +86,6 @@ pub const CHAT: &[Field] = &[
         "thinking_budget",
         Honoured("an extension: the thinking block is closed after so many tokens"),
         r#"{"thinking_budget":5}"#,
-    ),
-    Field::new("n", Honoured("the prompt is computed once"), r#"{"n":2}"#),
-    Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
-    Field::new(
-        "frequency_penalty",
-        Honoured(""),
-        r#"{"frequency_penalty":1}"#,
-    ),
-    Field::new(
-        "presence_penalty",
-        Honoured(""),
-        r#"{"presence_penalty":1}"#,
-    ),
-    Field::new(
-        "repetition_penalty",
-        Honoured("an extension"),
-        r#"{"repetition_penalty":1.1}"#,
-    ),
-    Field::new(
-        "min_tokens",
-        Honoured("an extension"),
-        r#"{"min_tokens":1}"#,
-    ),
-    Field::new(
-        "ignore_eos",
-        Honoured("an extension"),
-        r#"{"ignore_eos":true}"#,
-    ),
-    Field::new(
-        "stop_token_ids",
-        Honoured("an extension"),
-        r#"{"stop_token_ids":[3]}"#,
-    ),
-    Field::new("priority", Honoured("an extension"), r#"{"priority":1}"#),
-    Field::new(
-        "timeout",
-        Honoured("an extension: seconds"),
-        r#"{"timeout":30}"#,
-    ),
-    Field::new(
-        "cache_salt",
-        Honoured("an extension"),
-        r#"{"cache_salt":"x"}"#,
-    ),
-    Field::new(
-        "guided_choice",
-        Honoured("an extension"),
-        r#"{"guided_choice":["a","b"]}"#,
-    ),
-    Field::new(
-        "guided_regex",
-        Honoured("an extension"),
-        r#"{"guided_regex":"[a-z]+"}"#,
-    ),
-    Field::new(
-        "guided_grammar",
-        Honoured("an extension, as `grammar`: Lark"),
-        r#"{"guided_grammar":"start: /[a-z]+/"}"#,
     ),
     Field::new(
         "functions",
@@ -234,35 +162,50 @@ pub const CHAT: &[Field] = &[
         Refused("other than `medium`: the model is not told of it"),
         r#"{"verbosity":"low"}"#,
     ),
-    Field::new(
-        "unknown fields",
-        Accepted("counted in the header `x-unknown-fields`"),
-        r#"{"mirostat":2}"#,
-    ),
 ];
 
-/// Text completions.
-pub const COMPLETIONS: &[Field] = &[
-    Field::new(
-        "model",
-        Honoured("an alias is replaced by its model's id"),
-        "{}",
-    ),
+/// What text completions alone have, or have otherwise.
+const COMPLETIONS: &[Field] = &[
     Field::new(
         "prompt",
         Honoured("a string, a list of strings, token ids or a list of lists of them"),
         r#"{"prompt":["x","y"]}"#,
+    ),
+    Field::new(
+        "max_tokens",
+        Honoured("16 when absent"),
+        r#"{"max_tokens":2}"#,
+    ),
+    Field::new(
+        "logprobs",
+        Honoured("up to 20; with `echo` those of the prompt too"),
+        r#"{"logprobs":3}"#,
+    ),
+    Field::new("echo", Honoured(""), r#"{"echo":true}"#),
+    Field::new(
+        "best_of",
+        Refused("one answer is given per request"),
+        r#"{"best_of":2}"#,
+    ),
+    Field::new(
+        "suffix",
+        Refused("there is no text after the answer"),
+        r#"{"suffix":"x"}"#,
+    ),
+];
+
+/// What both have.
+const BOTH: &[Field] = &[
+    Field::new(
+        "model",
+        Honoured("an alias is replaced by its model's id"),
+        "{}",
     ),
     Field::new("stream", Honoured(""), r#"{"stream":true}"#),
     Field::new(
         "stream_options.include_usage",
         Honoured("asked of the node in any case; told to those who ask"),
         r#"{"stream":true,"stream_options":{"include_usage":true}}"#,
-    ),
-    Field::new(
-        "max_tokens",
-        Honoured("16 when absent"),
-        r#"{"max_tokens":2}"#,
     ),
     Field::new("temperature", Honoured(""), r#"{"temperature":0.5}"#),
     Field::new("top_p", Honoured(""), r#"{"top_p":0.5}"#),
@@ -279,12 +222,6 @@ pub const COMPLETIONS: &[Field] = &[
         Accepted("nothing depends on it yet"),
         r#"{"user":"u"}"#,
     ),
-    Field::new(
-        "logprobs",
-        Honoured("up to 20; with `echo` those of the prompt too"),
-        r#"{"logprobs":3}"#,
-    ),
-    Field::new("echo", Honoured(""), r#"{"echo":true}"#),
     Field::new("n", Honoured("the prompt is computed once"), r#"{"n":2}"#),
     Field::new("logit_bias", Honoured(""), r#"{"logit_bias":{"1":2}}"#),
     Field::new(
@@ -342,16 +279,6 @@ pub const COMPLETIONS: &[Field] = &[
         "guided_grammar",
         Honoured("an extension, as `grammar`: Lark"),
         r#"{"guided_grammar":"start: /[a-z]+/"}"#,
-    ),
-    Field::new(
-        "best_of",
-        Refused("one answer is given per request"),
-        r#"{"best_of":2}"#,
-    ),
-    Field::new(
-        "suffix",
-        Refused("there is no text after the answer"),
-        r#"{"suffix":"x"}"#,
     ),
     Field::new(
         "unknown fields",

@@ -10,7 +10,7 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use protocol::chat::{FunctionCall, StreamOptions, ToolCall};
-use protocol::ext::UNKNOWN_FIELDS_HEADER;
+use protocol::ext::{PROMPT_TOKENS_HEADER, UNKNOWN_FIELDS_HEADER};
 use protocol::usage::{CompletionTokensDetails, PromptTokensDetails, Timings, Usage};
 use protocol::{ApiError, ErrorKind};
 use std::future::poll_fn;
@@ -240,6 +240,8 @@ pub(super) async fn answer(
     delivery: Delivery,
     request_id: &RequestId,
 ) -> Result<Response, Failure> {
+    let prompts = requests.iter().step_by(per_prompt);
+    let prompt_tokens: usize = prompts.map(|request| request.prompt.len()).sum();
     let events: Vec<Events> = requests
         .into_iter()
         .map(|request| model.engine.submit(request))
@@ -262,8 +264,15 @@ pub(super) async fn answer(
         };
         let body = sse::stream(answer, answers, first, delivery, request_id.0.clone());
         let headers = [
-            (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
-            (header::CACHE_CONTROL, "no-cache"),
+            (
+                header::CONTENT_TYPE,
+                HeaderValue::from_static("text/event-stream; charset=utf-8"),
+            ),
+            (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+            (
+                HeaderName::from_static(PROMPT_TOKENS_HEADER),
+                prompt_tokens.into(),
+            ),
         ];
         (headers, Body::from_stream(body)).into_response()
     } else {

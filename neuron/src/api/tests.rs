@@ -9,6 +9,8 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, StatusCode, header};
 use futures::StreamExt;
 use protocol::node::{LoadModel, ModelState};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use std::sync::Mutex;
 use tower::ServiceExt;
@@ -139,6 +141,110 @@ fn chat(extra: Value) -> Value {
 
 const CHAT: &str = "/v1/chat/completions";
 
+/// Any JSON, not deep, and what makes sense somewhere.
+fn any_value(random: &mut StdRng, depth: usize) -> Value {
+    let tool =
+        json!({"type": "function", "function": {"name": "t", "parameters": {"type": "object"}}});
+    let some = [
+        json!(null),
+        json!(true),
+        json!(false),
+        json!(0),
+        json!(1),
+        json!(-1),
+        json!(2),
+        json!(0.5),
+        json!(1e300),
+        json!(u64::MAX),
+        json!(i64::MIN),
+        json!(""),
+        json!("x"),
+        json!("auto"),
+        json!("none"),
+        json!("required"),
+        json!("é\u{0}"),
+        json!([]),
+        json!({}),
+        json!(["x"]),
+        json!([1]),
+        json!([tool]),
+        json!({"type": "json_object"}),
+        json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}),
+        json!({"type": "function", "function": {"name": "t"}}),
+        json!({"include_usage": true}),
+        json!({"1": 2}),
+        json!({"role": "user", "content": "x"}),
+        json!([{"role": "tool", "content": null}]),
+        json!([[1, 2], [3]]),
+    ];
+    match random.random_range(0..10) {
+        0 if depth > 0 => {
+            let count = random.random_range(0..3);
+            (0..count).map(|_| any_value(random, depth - 1)).collect()
+        }
+        1 if depth > 0 => {
+            let name = some[random.random_range(11..17)].as_str().unwrap();
+            json!({name: any_value(random, depth - 1), "type": any_value(random, depth - 1)})
+        }
+        _ => some[random.random_range(0..some.len())].clone(),
+    }
+}
+
+#[tokio::test]
+async fn any_request_is_answered_or_refused_with_a_reason() {
+    let api = api().await;
+    let own = [
+        "messages",
+        "prompt",
+        "tokens",
+        "model",
+        "tools",
+        "tool_choice",
+        "parallel_tool_calls",
+        "reasoning_effort",
+        "enable_thinking",
+        "thinking_budget",
+        "chat_template_kwargs",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        "suffix",
+        "response_format",
+        "max_completion_tokens",
+        "stream_options",
+        "unknown",
+    ];
+    let names: Vec<&str> = fields::CONTROLS
+        .iter()
+        .map(|field| field.0)
+        .chain(own)
+        .collect();
+    for seed in 0..1500 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut body = chat(json!({"max_tokens": 2, "prompt": "x", "tokens": [1]}));
+        let paths = [
+            (CHAT, "prompt"),
+            ("/v1/completions", "messages"),
+            ("/tokenize", "prompt"),
+            ("/detokenize", "x"),
+        ];
+        let (path, other) = paths[seed as usize % paths.len()];
+        body.as_object_mut().unwrap().shift_remove(other);
+        for _ in 0..random.random_range(1..4) {
+            body[names[random.random_range(0..names.len())]] = any_value(&mut random, 2);
+        }
+        let (status, reply) = api.post(path, &body).await;
+        match status.as_u16() {
+            200 => {}
+            400 | 404 => assert!(
+                reply["error"]["message"].is_string(),
+                "seed {seed}: {body} → {reply}"
+            ),
+            status => panic!("seed {seed}: {status} for {path} {body}: {reply}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_whole_answer_has_text_reason_and_counts() {
     let api = saying("fine, thanks").await;
@@ -189,6 +295,11 @@ async fn a_stream_has_role_text_reason_usage_and_done_in_that_order() {
     assert!(stream.ends_with("\n\ndata: [DONE]\n\n"), "{stream}");
     let plain = api.stream(CHAT, &chat(json!({"stream": true})), &[]).await;
     assert!(!plain.contains("usage"), "{plain}");
+    let body = body.to_string();
+    let response = api.send(Method::POST, CHAT, body, &[]).await;
+    let told = &response.headers()["x-prompt-tokens"];
+    let told: u64 = told.to_str().unwrap().parse().unwrap();
+    assert_eq!(usage["usage"]["prompt_tokens"], told, "told beforehand");
 }
 
 #[tokio::test]

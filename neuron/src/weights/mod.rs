@@ -314,11 +314,7 @@ impl<'a> Weights<'a> {
     pub fn finish(&self, skipped: &[&str]) -> Result<u64, LoadError> {
         let book = self.book();
         if !book.faults.is_empty() {
-            let folder = self.shared.checkpoint.place().to_path_buf();
-            return Err(LoadError::Tensors {
-                folder,
-                faults: book.faults.clone(),
-            });
+            return Err(self.faulty(&book));
         }
         let mut left: Vec<&str> = self
             .shared
@@ -405,6 +401,24 @@ impl<'a> Weights<'a> {
             shape: shape.to_vec(),
             held,
         }
+    }
+
+    fn faulty(&self, book: &Book) -> LoadError {
+        LoadError::Tensors {
+            folder: self.shared.checkpoint.place().to_path_buf(),
+            faults: book.faults.clone(),
+        }
+    }
+
+    /// Notes a fault. Loading goes on, to find the others, until there are more than anybody reads.
+    fn fault(&self, fault: Fault) -> Result<(), LoadError> {
+        const MOST: usize = 1000;
+        let mut book = self.book();
+        book.faults.push(fault);
+        if book.faults.len() < MOST {
+            return Ok(());
+        }
+        Err(self.faulty(&book))
     }
 
     /// Notes that `read` bytes were read.
@@ -531,9 +545,8 @@ impl Part<'_, '_> {
     pub fn matrix(self) -> Result<Matrix, LoadError> {
         let (rows, width) = (self.held.row_count(), self.held.width());
         let shared = &self.weights.shared;
-        let source = match self.source() {
-            Ok(source) => source,
-            Err(stand_in) => return Ok(stand_in),
+        let Some(source) = self.source()? else {
+            return Ok(Self::stand_in());
         };
         let format = format_of(&self.name, width, source.format(), shared.quant);
         let held = Held {
@@ -547,7 +560,7 @@ impl Part<'_, '_> {
         };
         let Some(matrix) = Matrix::from_rows(format, rows, width, &held, taken) else {
             let name = self.name.clone();
-            self.fault(Fault::Range { name, format });
+            self.weights.fault(Fault::Range { name, format })?;
             return Ok(Self::stand_in());
         };
         let mut book = self.weights.book();
@@ -569,8 +582,7 @@ impl Part<'_, '_> {
             shape[1] = width;
         }
         let device = &self.weights.shared.device;
-        let Ok(source) = self.source() else {
-            // loading goes on, to find the other faults
+        let Some(source) = self.source()? else {
             return Ok(Tensor::zeros(shape, DType::F32, device)?);
         };
         let mut numbers = vec![0.0; rows * width];
@@ -588,18 +600,14 @@ impl Part<'_, '_> {
         Ok(Tensor::from_vec(numbers, shape, device)?)
     }
 
-    /// The file's tensor. A fault is noted, and there is a matrix without numbers in its place.
-    fn source(&self) -> Result<Source<'_>, Matrix> {
+    /// The file's tensor; none, and a fault noted, where it is not as needed.
+    fn source(&self) -> Result<Option<Source<'_>>, LoadError> {
         let checkpoint = &self.weights.shared.checkpoint;
         self.weights.book().used.insert(self.name.clone());
-        checkpoint.tensor(&self.name, &self.shape).map_err(|fault| {
-            self.fault(fault);
-            Self::stand_in()
-        })
-    }
-
-    fn fault(&self, fault: Fault) {
-        self.weights.book().faults.push(fault);
+        match checkpoint.tensor(&self.name, &self.shape) {
+            Ok(source) => Ok(Some(source)),
+            Err(fault) => self.weights.fault(fault).map(|()| None),
+        }
     }
 
     /// Loading goes on with it, to find the other faults, and then fails.

@@ -10,9 +10,10 @@ use std::time::Duration;
 use tower::Service;
 
 /// Headers of a node's answer that are the client's business; all others stop here.
-const PASSED: [header::HeaderName; 3] = [
+const PASSED: [header::HeaderName; 4] = [
     header::CONTENT_TYPE,
     header::RETRY_AFTER,
+    header::HeaderName::from_static(protocol::ext::PROMPT_TOKENS_HEADER), // `translate` reads it too
     header::HeaderName::from_static(protocol::ext::UNKNOWN_FIELDS_HEADER),
 ];
 

@@ -19,6 +19,8 @@ pub(super) struct Events {
     /// Every tool call so far. Those before `begun` have had their block opened.
     calls: Vec<Call>,
     begun: usize,
+    /// The ids that calls were shown under.
+    shown: Vec<String>,
     finish: Option<FinishReason>,
     stop_sequence: Option<String>,
     usage: OutputUsage,
@@ -45,6 +47,10 @@ struct Call {
 }
 
 impl Translator for Events {
+    fn prompt(&mut self, tokens: u64) {
+        self.usage.input_tokens = tokens; // which of them were cached is known in the end
+    }
+
     fn chunk(&mut self, chunk: &ChatChunk, out: &mut Vec<u8>) {
         if let Some(usage) = chunk.usage {
             self.usage = usage.into();
@@ -182,17 +188,23 @@ impl Events {
 
     fn begin_call(&mut self, out: &mut Vec<u8>) {
         self.close(out);
-        let call = &mut self.calls[self.begun];
+        let call = &self.calls[self.begun];
         self.begun += 1;
-        let id = call
-            .id
-            .get_or_insert_with(|| format!("call_{}", call.index));
+        let mut id = match &call.id {
+            Some(id) => id.clone(),
+            None => format!("call_{}", call.index),
+        };
+        // an id that is there already would join this call to another's result
+        while self.shown.contains(&id) {
+            id = format!("{id}_{}", self.begun);
+        }
         let block = json!({
             "type": "tool_use",
             "id": id,
             "name": call.name.as_deref().unwrap_or_default(),
             "input": {},
         });
+        self.shown.push(id);
         self.open(Block::Call, || block, out);
     }
 

@@ -10,6 +10,8 @@ use serde::Deserialize;
 use serde_json::json;
 use std::sync::Arc;
 
+#[cfg(test)]
+mod accumulate;
 mod events;
 mod fields;
 mod models;

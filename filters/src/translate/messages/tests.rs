@@ -1,12 +1,13 @@
 //! The tables held true, transcripts there and back, and streams of every shape.
 
+use super::accumulate::{Said, accumulate};
 use super::{Messages, rows};
 use crate::translate::fields::Fate;
-use crate::translate::{Answer, Translated, Translation, Translator};
+use crate::translate::{Answer, Dialect, Translated, Translation, Translator};
 use crate::{Body, Exchange};
 use bytes::Bytes;
+use futures::StreamExt;
 use protocol::chat::{ChatChunk, ChatRequest, Content, Message, Part};
-use protocol::sse::{Decoder, Event};
 use protocol::{ApiError, ErrorKind};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -181,7 +182,14 @@ fn turns_of(messages: &[Message]) -> Vec<Value> {
             blocks.extend(parts.iter().map(|part| match part {
                 Part::Text { text } => json!({"type": "text", "text": text}),
                 Part::ImageUrl { image_url } => {
-                    json!({"type": "image", "source": {"type": "url", "url": image_url.url}})
+                    let data = image_url.url.strip_prefix("data:");
+                    let source = match data.and_then(|data| data.split_once(";base64,")) {
+                        Some((media_type, data)) => {
+                            json!({"type": "base64", "media_type": media_type, "data": data})
+                        }
+                        None => json!({"type": "url", "url": image_url.url}),
+                    };
+                    json!({"type": "image", "source": source})
                 }
             }));
         } else if let Some(Content::Text(text)) = &message.content {
@@ -243,7 +251,11 @@ fn transcript(random: &mut StdRng) -> Vec<Value> {
     for _ in 0..random.random_range(1..4) {
         let mut blocks = vec![json!({"type": "text", "text": word(random)})];
         if random.random_bool(0.3) {
-            blocks.push(json!({"type": "image", "source": {"type": "url", "url": "https://x/y"}}));
+            let sources = [
+                json!({"type": "url", "url": "https://x/y"}),
+                json!({"type": "base64", "media_type": "image/png", "data": "iVBORw=="}),
+            ];
+            blocks.push(json!({"type": "image", "source": sources.choose(random)}));
             blocks.push(json!({"type": "text", "text": word(random)}));
         }
         turns.push(json!({"role": "user", "content": blocks}));
@@ -263,7 +275,7 @@ fn transcript(random: &mut StdRng) -> Vec<Value> {
         }
         turns.push(json!({"role": "assistant", "content": blocks}));
         if calls > 0 {
-            let results: Vec<Value> = (0..calls)
+            let mut results: Vec<Value> = (0..calls)
                 .map(|call| {
                     let texts: Vec<Value> = (0..random.random_range(1..3))
                         .map(|_| json!({"type": "text", "text": word(random)}))
@@ -274,6 +286,9 @@ fn transcript(random: &mut StdRng) -> Vec<Value> {
                     })
                 })
                 .collect();
+            if random.random_bool(0.3) {
+                results.push(json!({"type": "text", "text": word(random)})); // a word with the results
+            }
             turns.push(json!({"role": "user", "content": results}));
             turns
                 .push(json!({"role": "assistant", "content": [{"type": "text", "text": "Well."}]}));
@@ -313,9 +328,6 @@ fn call_chunk(index: u32, head: Option<(&str, &str)>, arguments: &str) -> Value 
     }
     json!({"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {"tool_calls": [call]}}]})
 }
-
-/// What a stream says in the end: each block's kind, and its text or arguments.
-type Said = Vec<(String, String)>;
 
 /// Any sequence of chunks an upstream may send, and what it says: text and thinking in turns, calls one after the other
 /// or in each other's way, empty pieces, usage early or late.
@@ -387,74 +399,6 @@ fn chunks(random: &mut StdRng) -> (Vec<Value>, Said) {
     (chunks, said)
 }
 
-/// Puts a stream together as the SDKs do, and is stricter about its order.
-fn accumulate(stream: &[u8]) -> Said {
-    let mut events = Vec::new();
-    Decoder::new(1 << 20)
-        .feed(stream, &mut events)
-        .expect("short events");
-    let mut said: Said = Vec::new();
-    let mut open = false;
-    let mut last = "";
-    let events: Vec<Value> = events
-        .into_iter()
-        .map(|event| match event {
-            Event::Message { name, data } => {
-                let value: Value = serde_json::from_slice(&data).expect("JSON");
-                assert_eq!(value["type"], name.as_str());
-                value
-            }
-            Event::Comment(comment) => panic!("a comment: {comment:?}"),
-        })
-        .collect();
-    for event in &events {
-        let kind = event["type"].as_str().expect("a type");
-        match kind {
-            "message_start" => assert_eq!(last, "", "it comes first, once"),
-            "content_block_start" => {
-                assert!(!open && !last.is_empty(), "blocks follow one another");
-                assert_eq!(event["index"], said.len());
-                open = true;
-                let block = &event["content_block"];
-                let mut kind = block["type"].as_str().expect("a type").to_owned();
-                if kind == "tool_use" {
-                    kind += &format!(
-                        " {} {}",
-                        block["id"].as_str().expect("an id"),
-                        block["name"].as_str().expect("a name")
-                    );
-                }
-                said.push((kind, String::new()));
-            }
-            "content_block_delta" => {
-                assert!(open, "a piece is of an open block");
-                assert_eq!(event["index"], said.len() - 1);
-                let (block, sum) = said.last_mut().expect("one is open");
-                let delta = &event["delta"];
-                let piece = match delta["type"].as_str().expect("a type") {
-                    "text_delta" if block == "text" => &delta["text"],
-                    "thinking_delta" if block == "thinking" => &delta["thinking"],
-                    "signature_delta" if block == "thinking" => &delta["signature"],
-                    "input_json_delta" if block.starts_with("tool_use") => &delta["partial_json"],
-                    other => panic!("a {other} in a {block} block"),
-                };
-                *sum += piece.as_str().expect("a string");
-            }
-            "content_block_stop" => {
-                assert!(std::mem::replace(&mut open, false));
-                assert_eq!(event["index"], said.len() - 1);
-            }
-            "message_delta" => assert!(!open && last != "message_delta"),
-            "message_stop" => assert_eq!(last, "message_delta"),
-            "ping" => continue, // it may come anywhere
-            other => panic!("an event of type {other}"),
-        }
-        last = kind;
-    }
-    assert_eq!(last, "message_stop");
-    said
-}
-
 /// The chunks as an upstream may write them, cut anywhere.
 fn pieces(random: &mut StdRng, chunks: &[Value]) -> Vec<Bytes> {
     let mut text = Vec::new();
@@ -491,8 +435,101 @@ async fn any_sequence_of_chunks_gives_a_stream_in_order_that_says_the_same() {
             .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
         let heard = std::panic::catch_unwind(|| accumulate(&out))
             .unwrap_or_else(|_| panic!("seed {seed}: {}", String::from_utf8_lossy(&out)));
-        assert_eq!(heard, said, "seed {seed}");
+        assert_eq!(heard, Ok(said), "seed {seed}");
     }
+}
+
+/// A chunk as some upstream might send it: pieces of any kind in any order, ids twice or not at all, or no chunk.
+fn any_event(random: &mut StdRng) -> String {
+    let words = ["", "a", "{\"x\":", "1}", "é", "call_1"];
+    let mut delta = Map::new();
+    for key in ["content", "reasoning_content"] {
+        if random.random_bool(0.3) {
+            delta.insert(key.into(), (*words.choose(random).expect("some")).into());
+        }
+    }
+    if random.random_bool(0.4) {
+        let mut word = |share| {
+            random
+                .random_bool(share)
+                .then(|| *words.choose(random).expect("some"))
+        };
+        let (id, name, arguments) = (word(0.5), word(0.5), word(0.7));
+        let function = json!({"name": name, "arguments": arguments});
+        let index = random.random_range(0..4);
+        delta.insert(
+            "tool_calls".into(),
+            json!([{"index": index, "id": id, "function": function}]),
+        );
+    }
+    let finish = random.random_bool(0.1).then_some("stop");
+    let chunk = json!({"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]});
+    match random.random_range(0..60) {
+        0 => "data: {\"error\":{\"message\":\"it broke\"}}\n\n".into(),
+        1 => "data: garbage\n\n".into(),
+        2 => "data: [DONE]\n\n".into(),
+        3 => ": silence\n\n".into(),
+        _ => format!("data: {chunk}\n\n"),
+    }
+}
+
+#[tokio::test]
+async fn whatever_an_upstream_sends_fits_together_and_ends_once() {
+    for seed in 0..2000 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let events: String = (0..random.random_range(0..30))
+            .map(|_| any_event(&mut random))
+            .collect();
+        let longest = events.len().clamp(1, 200);
+        let pieces: Vec<_> = events
+            .as_bytes()
+            .chunks(random.random_range(1..=longest))
+            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+            .collect();
+        let mut translated = Translated::new(
+            Body::stream(futures::stream::iter(pieces)),
+            Box::new(Messages).stream(),
+        );
+        let mut out = Vec::new();
+        let mut failed = false;
+        while let Some(piece) = translated.next().await {
+            match piece {
+                Ok(bytes) => out.extend_from_slice(&bytes),
+                Err(error) => {
+                    failed = true;
+                    out.extend_from_slice(&Messages.error_event(&error, "req-1"));
+                }
+            }
+        }
+        let heard = std::panic::catch_unwind(|| accumulate(&out))
+            .unwrap_or_else(|_| panic!("seed {seed}: {}", String::from_utf8_lossy(&out)));
+        assert_eq!(heard.is_err(), failed, "seed {seed}: an error is told");
+    }
+}
+
+#[test]
+fn a_message_starts_with_the_prompts_tokens_where_a_node_tells_them() {
+    let mut translator = Box::new(Messages).stream();
+    translator.prompt(7);
+    let mut out = Vec::new();
+    let chunk = serde_json::from_value(text_chunk("content", "x")).expect("a chunk");
+    translator.chunk(&chunk, &mut out);
+    let start = String::from_utf8_lossy(&out).into_owned();
+    assert!(start.contains(r#""input_tokens":7"#), "{start}");
+}
+
+#[test]
+fn calls_that_came_under_one_id_are_told_apart() {
+    let mut translator = Box::new(Messages).stream();
+    let mut out = Vec::new();
+    for index in [0, 1] {
+        let chunk = call_chunk(index, Some(("call_1", "look")), "{}");
+        translator.chunk(&serde_json::from_value(chunk).expect("a chunk"), &mut out);
+    }
+    translator.finish(&mut out);
+    let said = accumulate(&out).expect("it ends well");
+    let kinds: Vec<&str> = said.iter().map(|(kind, _)| &kind[..]).collect();
+    assert_eq!(kinds, ["tool_use call_1 look", "tool_use call_1_2 look"]);
 }
 
 #[test]

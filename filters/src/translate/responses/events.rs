@@ -1,10 +1,12 @@
 //! Chat chunks → response events.
 
+use super::scores::Scores;
 use super::wire::{IncompleteDetails, Item, Part, Response, ResponseError, Status};
 use crate::Exchange;
 use crate::translate::Translator;
 use protocol::chat::{ChatChunk, Delta, FinishReason, ToolCallDelta};
 use protocol::sse::write_event;
+use protocol::tokens::ChatLogprob;
 use protocol::{ApiError, ErrorKind};
 use serde::Serialize;
 use serde_json::json;
@@ -30,6 +32,8 @@ pub(super) struct Events {
     calls: Vec<Call>,
     /// The item that grew last: the one that a limit cut.
     grown: usize,
+    /// Log probabilities whose text has not come yet.
+    scores: Scores,
     finish: Option<FinishReason>,
 }
 
@@ -56,6 +60,30 @@ struct Of<'a, T> {
     output_index: usize,
     #[serde(flatten)]
     body: T,
+}
+
+/// What an event about a part of an item has.
+#[derive(Default, Serialize)]
+struct OfPart<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content_index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    summary_index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<&'a [ChatLogprob]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part: Option<&'a Part>,
+}
+
+/// An item where it begins and where it ends.
+#[derive(Serialize)]
+struct Whole<'a> {
+    output_index: usize,
+    item: &'a Item,
 }
 
 /// A call in the chat stream, and where it stands in the output once it has a name.
@@ -91,6 +119,7 @@ impl Events {
             open: None,
             calls: Vec::new(),
             grown: 0,
+            scores: Scores::default(),
             finish: None,
         }
     }
@@ -134,17 +163,21 @@ impl Events {
     fn text(&mut self, thinking: bool, text: &str, out: &mut Vec<u8>) {
         let at = self.open_text(thinking, out);
         self.grown = at;
+        let scores = self.scores.take(text);
         let item = &mut self.response.output[at];
         let part = part_mut(item);
         part.text_mut().push_str(text);
-        let words = words(part);
-        let body = match words.index {
-            "content_index" if thinking => json!({"content_index": 0, "delta": text}),
-            "content_index" => json!({"content_index": 0, "delta": text, "logprobs": []}),
-            _ => json!({"summary_index": 0, "delta": text}),
+        let body = OfPart {
+            delta: Some(text),
+            logprobs: matches!(part, Part::OutputText { .. }).then_some(&scores[..]),
+            ..place_of(part)
         };
+        let kind = words(part).delta;
         let body = of(&self.response.output, at, body);
-        self.events.write(out, words.delta, body);
+        self.events.write(out, kind, body);
+        if let Part::OutputText { logprobs, .. } = part_mut(&mut self.response.output[at]) {
+            logprobs.extend(scores);
+        }
     }
 
     /// The place of the open item of this kind, opened now if another kind was open.
@@ -186,15 +219,18 @@ impl Events {
             let part = Part::OutputText {
                 text: String::new(),
                 annotations: [],
-                logprobs: [],
+                logprobs: Vec::new(),
             };
             (item, part)
         };
         self.add(item, out);
-        let words = words(&part);
-        let body = json!({words.index: 0, "part": &part});
+        let body = OfPart {
+            part: Some(&part),
+            ..place_of(&part)
+        };
+        let kind = words(&part).added;
         self.events
-            .write(out, words.added, of(&self.response.output, at, body));
+            .write(out, kind, of(&self.response.output, at, body));
         match &mut self.response.output[at] {
             Item::Reasoning { summary, .. } if matches!(part, Part::SummaryText { .. }) => {
                 summary.push(part);
@@ -283,7 +319,10 @@ impl Events {
     }
 
     fn add(&mut self, item: Item, out: &mut Vec<u8>) {
-        let body = json!({"output_index": self.response.output.len(), "item": &item});
+        let body = Whole {
+            output_index: self.response.output.len(),
+            item: &item,
+        };
         self.events.write(out, "response.output_item.added", body);
         self.response.output.push(item);
     }
@@ -301,17 +340,27 @@ impl Events {
             item => {
                 let part = part(item);
                 let words = words(part);
-                let mut done = json!({words.index: 0, "text": part.text()});
-                if matches!(part, Part::OutputText { .. }) {
-                    done["logprobs"] = json!([]);
-                }
+                let done = OfPart {
+                    text: Some(part.text()),
+                    logprobs: match part {
+                        Part::OutputText { logprobs, .. } => Some(logprobs),
+                        Part::ReasoningText { .. } | Part::SummaryText { .. } => None,
+                    },
+                    ..place_of(part)
+                };
                 self.events.write(out, words.done, of(output, at, done));
-                let body = json!({words.index: 0, "part": part});
+                let body = OfPart {
+                    part: Some(part),
+                    ..place_of(part)
+                };
                 self.events
                     .write(out, words.part_done, of(output, at, body));
             }
         }
-        let body = json!({"output_index": at, "item": &output[at]});
+        let body = Whole {
+            output_index: at,
+            item: &output[at],
+        };
         self.events.write(out, "response.output_item.done", body);
     }
 
@@ -360,6 +409,9 @@ impl Translator for Events {
         let Some(choice) = chunk.choices.first() else {
             return;
         };
+        if let Some(logprobs) = &choice.logprobs {
+            self.scores.add(&logprobs.content);
+        }
         self.delta(&choice.delta, out);
         if let Some(finish) = choice.finish_reason {
             self.finish = Some(finish);
@@ -410,7 +462,6 @@ impl Translator for Events {
 
 /// How the events of a part are called.
 struct Words {
-    index: &'static str,
     added: &'static str,
     delta: &'static str,
     done: &'static str,
@@ -420,25 +471,36 @@ struct Words {
 fn words(part: &Part) -> Words {
     match part {
         Part::OutputText { .. } => Words {
-            index: "content_index",
             added: "response.content_part.added",
             delta: "response.output_text.delta",
             done: "response.output_text.done",
             part_done: "response.content_part.done",
         },
         Part::ReasoningText { .. } => Words {
-            index: "content_index",
             added: "response.content_part.added",
             delta: "response.reasoning_text.delta",
             done: "response.reasoning_text.done",
             part_done: "response.content_part.done",
         },
         Part::SummaryText { .. } => Words {
-            index: "summary_index",
             added: "response.reasoning_summary_part.added",
             delta: "response.reasoning_summary_text.delta",
             done: "response.reasoning_summary_text.done",
             part_done: "response.reasoning_summary_part.done",
+        },
+    }
+}
+
+/// An item of text has one part.
+fn place_of(part: &Part) -> OfPart<'static> {
+    match part {
+        Part::OutputText { .. } | Part::ReasoningText { .. } => OfPart {
+            content_index: Some(0),
+            ..OfPart::default()
+        },
+        Part::SummaryText { .. } => OfPart {
+            summary_index: Some(0),
+            ..OfPart::default()
         },
     }
 }

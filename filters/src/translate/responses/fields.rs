@@ -5,7 +5,7 @@ use crate::translate::fields::{Field, Unsupported, is_empty};
 use protocol::ApiError;
 use serde_json::{Map, Value};
 
-const UNSUPPORTED: [Unsupported; 10] = [
+const UNSUPPORTED: [Unsupported; 9] = [
     Unsupported {
         name: "background",
         nothing: |value| *value == Value::Bool(false),
@@ -29,12 +29,6 @@ const UNSUPPORTED: [Unsupported; 10] = [
         nothing: is_empty,
         why: "no prompts are kept here",
         sample: r#"{"prompt":{"id":"pmpt_1"}}"#,
-    },
-    Unsupported {
-        name: "top_logprobs",
-        nothing: |value| value.as_f64() == Some(0.0),
-        why: "log probabilities have no place in these answers yet",
-        sample: r#"{"top_logprobs":3}"#,
     },
     Unsupported {
         name: "truncation",
@@ -78,17 +72,22 @@ const HARMLESS: [&str; 5] = [
 ];
 
 /// Fields of a chat request that this API spells otherwise; let through, they would stand there twice.
-const SPELT: [(&str, &str); 6] = [
+const SPELT: [(&str, &str); 7] = [
     ("messages", "input"),
     ("max_tokens", "max_output_tokens"),
     ("max_completion_tokens", "max_output_tokens"),
     ("response_format", "text.format"),
     ("reasoning_effort", "reasoning.effort"),
     ("functions", "tools"),
+    ("logprobs", "include"),
 ];
 
-/// What may be asked to be included, as it always is.
-const INCLUDED: [&str; 2] = [
+/// Asks for the log probabilities of an answer's tokens.
+pub(super) const LOGPROBS: &str = "message.output_text.logprobs";
+
+/// What may be asked to be included; all but log probabilities always is.
+const INCLUDED: [&str; 3] = [
+    LOGPROBS,
     "message.input_image.image_url",
     // it serves to send thinking back; here thinking comes in the clear, and goes back in the clear
     "reasoning.encrypted_content",
@@ -331,9 +330,19 @@ const ROWS: &[Field] = &[
         r#"{"include":["message.input_image.image_url"]}"#,
     ),
     Field::new(
+        "include (`message.output_text.logprobs`)",
+        Becomes("logprobs"),
+        r#"{"include":["message.output_text.logprobs"]}"#,
+    ),
+    Field::new(
         "include",
         Refused("others: there is none of it"),
-        r#"{"include":["message.output_text.logprobs"]}"#,
+        r#"{"include":["file_search_call.results"]}"#,
+    ),
+    Field::new(
+        "top_logprobs",
+        Becomes("top_logprobs"),
+        r#"{"top_logprobs":3}"#,
     ),
     Field::new("user", Becomes("user"), r#"{"user":"u"}"#),
     Field::new(

@@ -10,10 +10,13 @@ use protocol::chat::ChatRequest;
 use protocol::models::ModelCard;
 use std::sync::Arc;
 
+#[cfg(test)]
+mod accumulate;
 mod events;
 mod fields;
 mod reply;
 mod request;
+mod scores;
 #[cfg(test)]
 mod tests;
 pub mod wire;

@@ -42,6 +42,10 @@ pub(super) fn to_chat(
         }
     }
     let stream = request.stream.unwrap_or(false);
+    // who names a number of alternatives wants to see them, whether or not they are to be included
+    let top_logprobs = request.top_logprobs.filter(|count| *count > 0);
+    let asked = |what: &String| what == fields::LOGPROBS;
+    let logprobs = top_logprobs.is_some() || request.include.iter().flatten().any(asked);
     let chat = ChatRequest {
         model: request.model.clone(),
         messages: conversation(request.instructions.as_deref(), request.input)?,
@@ -56,6 +60,8 @@ pub(super) fn to_chat(
         tool_choice: choice,
         parallel_tool_calls: request.parallel_tool_calls,
         reasoning_effort: reasoning.effort.clone(),
+        logprobs: logprobs.then_some(true),
+        top_logprobs,
         user: request.user.clone(),
         extra,
         ..ChatRequest::default()
@@ -85,7 +91,7 @@ pub(super) fn to_chat(
         },
         tool_choice: tool_choice.unwrap_or_else(|| "auto".into()),
         tools,
-        top_logprobs: 0,
+        top_logprobs: top_logprobs.unwrap_or(0),
         top_p: request.top_p,
         truncation: "disabled",
         usage: None,

@@ -1,16 +1,15 @@
+use super::accumulate::accumulate;
 use super::*;
 use crate::translate::fields::Fate;
 use protocol::ErrorKind;
 use protocol::chat::{
     ChatChunk, ChunkChoice, Delta, FinishReason, FunctionCallDelta, ToolCallDelta,
 };
-use protocol::sse::{Decoder, Event};
 use protocol::usage::Usage;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashSet};
 
 fn exchange() -> Arc<Exchange> {
     Exchange::open(&http::Request::new(()).into_parts().0)
@@ -33,7 +32,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         (json!({"conversation": "conv_1"}), "conversation"),
         (json!({"prompt": {"id": "pmpt_1"}}), "prompt"),
         (json!({"truncation": "auto"}), "truncation"),
-        (json!({"top_logprobs": 3}), "top_logprobs"),
+        (json!({"logprobs": true}), "logprobs"),
         (
             json!({"context_management": [{"type": "compaction"}]}),
             "context_management",
@@ -43,10 +42,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
             json!({"prompt_cache_options": {"prewarm": true}}),
             "prompt_cache_options",
         ),
-        (
-            json!({"include": ["message.output_text.logprobs"]}),
-            "include",
-        ),
+        (json!({"include": ["file_search_call.results"]}), "include"),
         (json!({"messages": []}), "messages"),
         (json!({"max_tokens": 3}), "max_tokens"),
         (
@@ -199,135 +195,6 @@ fn a_nodes_refusal_names_the_field_of_this_api() {
     ] {
         let error = Responses.refusal(ApiError::invalid(theirs, "no"));
         assert_eq!(error.param.as_deref(), Some(here));
-    }
-}
-
-/// Everything a stream says, taken as an SDK takes it: what does not fit together is a panic.
-struct Accumulated {
-    response: Value,
-    kinds: Vec<String>,
-}
-
-fn accumulate(stream: &[u8]) -> Accumulated {
-    let mut events = Vec::new();
-    let mut decoder = Decoder::new(1 << 20);
-    decoder.feed(stream, &mut events).expect("is a stream");
-    assert!(decoder.is_idle(), "the last event is whole");
-    let mut kinds: Vec<String> = Vec::new();
-    let mut id = Value::Null;
-    let mut open: BTreeMap<u64, Value> = BTreeMap::new(); // as added, with what the deltas brought
-    let mut done: BTreeMap<u64, Value> = BTreeMap::new();
-    let mut last = Value::Null;
-    for event in events {
-        let Event::Message { name, data } = event else {
-            continue;
-        };
-        let event: Value = serde_json::from_slice(&data).expect("is JSON");
-        assert_eq!(event["type"], name.as_str());
-        assert_eq!(event["sequence_number"], kinds.len(), "numbers have no gap");
-        assert!(last.is_null(), "nothing comes after the end");
-        let at = event["output_index"].as_u64();
-        let item = at.and_then(|at| open.get_mut(&at));
-        if let Some(item_id) = event.get("item_id") {
-            let item = item.as_ref().expect("its item was added");
-            assert_eq!(item["id"], *item_id);
-            assert!(
-                !done.contains_key(&at.unwrap_or_default()),
-                "its item is not over"
-            );
-        }
-        match name.as_str() {
-            "response.created" => {
-                assert!(kinds.is_empty(), "it comes first");
-                id = event["response"]["id"].clone();
-                assert_eq!(event["response"]["status"], "in_progress");
-            }
-            "response.in_progress" => assert_eq!(event["response"]["id"], id),
-            "response.output_item.added" => {
-                let at = at.expect("has a place");
-                assert_eq!(at as usize, open.len(), "items are added in order");
-                let mut item = event["item"].clone();
-                assert_eq!(item["status"], "in_progress");
-                for list in ["content", "summary"] {
-                    if let Some(list) = item.get(list) {
-                        assert_eq!(*list, json!([]));
-                    }
-                }
-                item["text"] = "".into();
-                open.insert(at, item);
-            }
-            "response.content_part.added" | "response.reasoning_summary_part.added" => {
-                assert_eq!(event["part"]["text"], "");
-                item.expect("was added")["part"] = event["part"].clone();
-            }
-            "response.output_text.delta"
-            | "response.reasoning_text.delta"
-            | "response.reasoning_summary_text.delta"
-            | "response.function_call_arguments.delta" => {
-                let item = item.expect("was added");
-                let text = item["text"].as_str().expect("text").to_owned();
-                let delta = event["delta"].as_str().expect("text");
-                assert!(!delta.is_empty());
-                item["text"] = (text + delta).into();
-            }
-            "response.output_text.done"
-            | "response.reasoning_text.done"
-            | "response.reasoning_summary_text.done" => {
-                assert_eq!(event["text"], item.expect("was added")["text"]);
-            }
-            "response.content_part.done" | "response.reasoning_summary_part.done" => {
-                assert_eq!(event["part"]["text"], item.expect("was added")["text"]);
-            }
-            "response.function_call_arguments.done" => {
-                assert_eq!(event["arguments"], item.expect("was added")["text"]);
-            }
-            "response.output_item.done" => {
-                let (item, whole) = (item.expect("was added"), &event["item"]);
-                assert_eq!(item["id"], whole["id"]);
-                assert_eq!(item["call_id"], whole["call_id"], "an item stays the same");
-                let parts = [&whole["content"][0]["text"], &whole["summary"][0]["text"]];
-                assert!(
-                    parts.contains(&&item["text"]) || whole["arguments"] == item["text"],
-                    "{whole} says what was streamed: {item}"
-                );
-                assert!(
-                    done.insert(at.expect("has a place"), whole.clone())
-                        .is_none()
-                );
-            }
-            "response.completed" | "response.incomplete" => {
-                last = event["response"].clone();
-                let output: Vec<Value> = done.values().cloned().collect();
-                assert_eq!(last["output"], Value::from(output), "all items are over");
-                assert_eq!(
-                    format!("response.{}", last["status"].as_str().unwrap_or("")),
-                    name
-                );
-            }
-            "error" => assert_eq!(event["message"], event["error"]["message"]),
-            "response.failed" => {
-                assert_eq!(kinds.last().map(String::as_str), Some("error"));
-                last = event["response"].clone();
-                assert_eq!(last["output"].as_array().map(Vec::len), Some(open.len()));
-            }
-            other => panic!("there is no event {other}"),
-        }
-        kinds.push(name);
-    }
-    assert_eq!(last["id"], id, "the stream has an end");
-    let ids = open.values().map(|item| item["id"].to_string());
-    let calls = open
-        .values()
-        .filter_map(|item| Some(item.get("call_id")?.to_string()));
-    let all: Vec<String> = ids.chain(calls).collect();
-    assert_eq!(
-        all.iter().collect::<HashSet<_>>().len(),
-        all.len(),
-        "ids are unique: {all:?}"
-    );
-    Accumulated {
-        response: last,
-        kinds,
     }
 }
 
@@ -508,6 +375,51 @@ fn a_stream_says_what_the_whole_reply_says() {
     }
 }
 
+#[test]
+fn log_probabilities_stand_beside_the_text_they_are_of_streamed_as_whole() {
+    let score = |token: &str| json!({"token": token, "logprob": -0.1, "bytes": token.as_bytes(), "top_logprobs": []});
+    let tokens = ["hm", "</think>", "\n\n", "Yes", " sir", "<end>"];
+    let all: Vec<Value> = tokens.iter().copied().map(score).collect();
+    let asked = json!({"include": ["message.output_text.logprobs"], "top_logprobs": 2});
+    let (chat, _) = request(asked.clone()).expect("is taken");
+    assert_eq!(
+        (&chat["logprobs"], &chat["top_logprobs"]),
+        (&json!(true), &json!(2))
+    );
+    let reply = json!({"id": "chatcmpl-1", "created": 5, "model": "m", "choices": [{
+        "index": 0, "finish_reason": "stop", "logprobs": {"content": all},
+        "message": {"role": "assistant", "reasoning_content": "hm", "content": "Yes sir"},
+    }]});
+    let whole = events(asked.clone())
+        .0
+        .whole(&Bytes::from(reply.to_string()))
+        .expect("is read");
+    let whole: Value = serde_json::from_slice(&whole).expect("is JSON");
+    assert_eq!(
+        whole["output"][1]["content"][0]["logprobs"],
+        json!([score("Yes"), score(" sir")])
+    );
+    assert_eq!(whole["top_logprobs"], 2);
+    let (mut events, _) = events(asked);
+    let mut out = Vec::new();
+    for (delta, scores) in [
+        (json!({"reasoning_content": "hm"}), &all[..1]),
+        (json!({"content": "Yes"}), &all[1..4]),
+        (json!({"content": " sir"}), &all[4..5]),
+        (json!({}), &all[5..]),
+    ] {
+        let mut chunk = chunk(serde_json::from_value(delta).expect("is a delta"), None);
+        chunk.choices[0].logprobs =
+            serde_json::from_value(json!({"content": scores})).expect("are scores");
+        events.chunk(&chunk, &mut out);
+    }
+    events.finish(&mut out);
+    assert_eq!(accumulate(&out).response, whole);
+    let said = String::from_utf8(out).expect("text");
+    let delta = format!(r#""delta":" sir","logprobs":[{}]"#, score(" sir"));
+    assert!(said.contains(&delta), "{said}");
+}
+
 fn pieces(text: &str, random: &mut StdRng) -> Vec<String> {
     let mut pieces = vec![String::new()];
     for letter in text.chars() {
@@ -543,6 +455,18 @@ fn what_was_answered_can_be_sent_back() {
             json!([expected.take(), {"role": "tool", "tool_call_id": "call_1", "content": "done"}])
         );
     }
+}
+
+#[test]
+fn counts_that_make_no_sense_do_no_harm() {
+    let (mut events, _) = events(json!({}));
+    let mut out = Vec::new();
+    let mut end = chunk(Delta::default(), Some(FinishReason::Stop));
+    let usage = json!({"prompt_tokens": u64::MAX, "completion_tokens": 1, "total_tokens": 0});
+    end.usage = serde_json::from_value(usage).expect("is usage");
+    events.chunk(&end, &mut out);
+    events.finish(&mut out);
+    assert_eq!(accumulate(&out).response["usage"]["total_tokens"], u64::MAX);
 }
 
 #[test]

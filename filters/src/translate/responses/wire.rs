@@ -3,6 +3,7 @@
 //! What becomes of fields without a name here stands in `fields`; what cannot be honoured is refused there and in `request`.
 #![allow(missing_docs)] // the fields are those of the public API, named as it names them
 
+use protocol::tokens::ChatLogprob;
 use protocol::usage;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,8 @@ pub struct ResponsesRequest {
     pub metadata: Option<Map<String, Value>>,
     #[serde(default)]
     pub include: Option<Vec<String>>,
+    #[serde(default)]
+    pub top_logprobs: Option<u64>,
     #[serde(default)]
     pub user: Option<String>,
     #[serde(default)]
@@ -258,7 +261,8 @@ pub enum Part {
     OutputText {
         text: String,
         annotations: [(); 0],
-        logprobs: [(); 0],
+        /// Of the tokens that the text is made of, where they were asked for.
+        logprobs: Vec<ChatLogprob>,
     },
     ReasoningText {
         text: String,
@@ -324,7 +328,7 @@ impl From<usage::Usage> for Usage {
                     .completion_tokens_details
                     .map_or(0, |details| details.reasoning_tokens),
             },
-            total_tokens: usage.prompt_tokens + usage.completion_tokens,
+            total_tokens: usage.prompt_tokens.saturating_add(usage.completion_tokens),
         }
     }
 }

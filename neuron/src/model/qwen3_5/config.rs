@@ -289,6 +289,43 @@ fn check(
             return refuse(key, "is too small".into());
         }
     }
+    // many times those of any release; beyond them sizes are garbage, whose products would be no numbers any more
+    for (key, value, most) in [
+        ("vocab_size", text.vocab_size, 1 << 24),
+        ("hidden_size", text.hidden_size, 1 << 17),
+        ("intermediate_size", text.intermediate_size, 1 << 20),
+        ("num_hidden_layers", text.num_hidden_layers, 1 << 12),
+        ("num_attention_heads", text.num_attention_heads, 1 << 10),
+        ("head_dim", text.head_dim, 1 << 10),
+        (
+            "linear_num_value_heads",
+            text.linear_num_value_heads,
+            1 << 10,
+        ),
+        ("linear_key_head_dim", text.linear_key_head_dim, 1 << 10),
+        ("linear_value_head_dim", text.linear_value_head_dim, 1 << 10),
+        (
+            "linear_conv_kernel_dim",
+            text.linear_conv_kernel_dim,
+            1 << 4,
+        ),
+        ("num_experts", text.num_experts, 1 << 14),
+        ("moe_intermediate_size", text.moe_intermediate_size, 1 << 20),
+        (
+            "shared_expert_intermediate_size",
+            text.shared_expert_intermediate_size,
+            1 << 20,
+        ),
+        (
+            "max_position_embeddings",
+            text.max_position_embeddings,
+            1 << 32,
+        ),
+    ] {
+        if value > most {
+            return refuse(key, format!("is {value}; at most {most} is read"));
+        }
+    }
     for (key, many, few) in [
         (
             "num_key_value_heads",

@@ -1,6 +1,8 @@
 //! Thinking apart from the answer; one file per way a model marks it.
 
 mod think_tags;
+#[cfg(test)]
+mod whole;
 
 pub use think_tags::ThinkTags;
 

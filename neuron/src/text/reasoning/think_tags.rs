@@ -141,7 +141,10 @@ impl ThinkTags {
 
 #[cfg(test)]
 mod tests {
+    use super::super::whole::told_apart;
     use super::*;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
 
     fn run(open: bool, pieces: &[&str]) -> (String, String) {
         run_with(None, open, pieces)
@@ -220,6 +223,37 @@ mod tests {
                     let got = run(open, &pieces);
                     assert_eq!(got, (reasoning.into(), content.into()), "{pieces:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn random_text_is_told_apart_as_the_whole_of_it_says() {
+        const PARTS: [&str; 10] = [
+            OPEN, CLOSE, "<call>", "\n", "\r\n", " ", "<", "</think", "a", "é",
+        ];
+        for seed in 0..3000 {
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            let count = random.random_range(0..12);
+            let parts = (0..count).map(|_| PARTS[random.random_range(0..PARTS.len())]);
+            let text: String = parts.collect();
+            let letters: Vec<String> = text.chars().map(String::from).collect();
+            let letters: Vec<&str> = letters.iter().map(String::as_str).collect();
+            for open in [true, false] {
+                let marker = random.random_bool(0.5).then_some("<call>");
+                let (reasoning, content) = run_with(marker, open, &[&text]);
+                let cut = run_with(marker, open, &letters);
+                assert_eq!(
+                    cut,
+                    (reasoning.clone(), content.clone()),
+                    "seed {seed}: {text:?}"
+                );
+                let [thought, unclosed, mut answer] = told_apart(open, marker, &text);
+                if !unclosed.is_empty() {
+                    answer = format!("[unclosed]{unclosed}");
+                }
+                let expected = (thought, answer);
+                assert_eq!((reasoning, content), expected, "seed {seed}: {text:?}");
             }
         }
     }
