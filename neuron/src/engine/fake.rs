@@ -168,7 +168,7 @@ impl CausalLm for FakeModel {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(Seen, &Tensor),
+        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
     ) -> Result<Tensor, ModelError> {
         self.gate.pass();
         let step = self.steps.fetch_add(1, Ordering::SeqCst);

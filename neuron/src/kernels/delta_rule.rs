@@ -110,83 +110,100 @@ fn head<V: Vector>(
         );
         normalise(&rest[key_head * key_dim..][..key_dim], 1.0, &mut keys[own]);
     }
+    // what the step of row `t` needs beside values
+    let of_row = |t: usize| {
+        let row = t * key_dim..(t + 1) * key_dim;
+        let at = t * value + h;
+        Step {
+            query: &queries[row.clone()],
+            key: &keys[row],
+            g: inputs.decay[at].exp(),
+            beta: inputs.beta[at],
+        }
+    };
     let values = 2 * key * key_dim + h * value_dim;
-    let mut tile = vec![[0.0; COLUMNS]; key_dim];
+    let mut tile = Vec::new();
     for first in (0..value_dim).step_by(COLUMNS) {
-        let width = COLUMNS.min(value_dim - first); // columns beyond it are zeros, and stay so
+        let width = COLUMNS.min(value_dim - first);
+        let values = &inputs.qkv[values + first..];
+        if let (1, Some(written)) = (rows, values.first_chunk().filter(|_| width == COLUMNS)) {
+            // one row reads them once: moving them would cost as much
+            let read = of_row(0).run::<V>(&mut state[first..], value_dim, written);
+            out[first..first + COLUMNS].copy_from_slice(&read);
+            continue;
+        }
         let own = |row: usize| row * value_dim + first..row * value_dim + first + width;
-        for (k, tile) in tile.iter_mut().enumerate() {
-            *tile = [0.0; COLUMNS];
-            tile[..width].copy_from_slice(&state[own(k)]);
+        tile.clear();
+        for k in 0..key_dim {
+            tile.extend_from_slice(&state[own(k)]);
+            tile.resize((k + 1) * COLUMNS, 0.0); // columns beyond the state's are zeros, and stay so
         }
         for t in 0..rows {
             let mut written = [0.0; COLUMNS];
-            let values = &inputs.qkv[t * channels + values + first..];
-            written[..width].copy_from_slice(&values[..width]);
-            let at = t * value + h;
-            let (g, beta) = (inputs.decay[at].exp(), inputs.beta[at]);
-            let row = t * key_dim..(t + 1) * key_dim;
-            let read = step::<V>(
-                &mut tile,
-                &queries[row.clone()],
-                &keys[row],
-                &written,
-                g,
-                beta,
-            );
+            written[..width].copy_from_slice(&values[t * channels..][..width]);
+            let read = of_row(t).run::<V>(&mut tile, COLUMNS, &written);
             out[own(t)].copy_from_slice(&read[..width]);
             if let Some(kept) = trail.chunks_exact_mut(key_dim * value_dim).nth(t) {
-                for (k, tile) in tile.iter().enumerate() {
+                for (k, tile) in tile.chunks_exact(COLUMNS).enumerate() {
                     kept[own(k)].copy_from_slice(&tile[..width]);
                 }
             }
         }
-        for (k, tile) in tile.iter().enumerate() {
+        for (k, tile) in tile.chunks_exact(COLUMNS).enumerate() {
             state[own(k)].copy_from_slice(&tile[..width]);
         }
     }
 }
 
-/// One row's step of some columns: `S ← e^g S;  δ = β (v − Sᵀk);  S ← S + k δᵀ;  o = Sᵀq`
-/// (torch_recurrent_gated_delta_rule).
-#[inline(always)]
-fn step<V: Vector>(
-    tile: &mut [[f32; COLUMNS]],
-    query: &[f32],
-    key: &[f32],
-    value: &[f32; COLUMNS],
+/// One row's step of a head.
+struct Step<'a> {
+    query: &'a [f32],
+    key: &'a [f32],
+    /// `e^g`.
     g: f32,
     beta: f32,
-) -> [f32; COLUMNS] {
-    let mut held = [V::splat(0.0); SIDES];
-    for (k, row) in key.iter().zip(tile.iter()) {
-        let (row, _) = row.as_chunks::<LANES>();
-        let k = V::splat(*k);
-        for side in 0..SIDES {
-            held[side] = V::load(&row[side]).mul_add(k, held[side]);
+}
+
+impl Step<'_> {
+    /// Of [`COLUMNS`] columns, which lie in `tile` with `stride` from key to key: `S ← e^g S;  δ = β (v − Sᵀk);
+    /// S ← S + k δᵀ;  o = Sᵀq` (torch_recurrent_gated_delta_rule).
+    #[inline(always)]
+    fn run<V: Vector>(
+        &self,
+        tile: &mut [f32],
+        stride: usize,
+        value: &[f32; COLUMNS],
+    ) -> [f32; COLUMNS] {
+        let mut held = [V::splat(0.0); SIDES];
+        for (k, row) in self.key.iter().zip(tile.chunks(stride)) {
+            let (row, _) = row[..COLUMNS].as_chunks::<LANES>();
+            let k = V::splat(*k);
+            for side in 0..SIDES {
+                held[side] = V::load(&row[side]).mul_add(k, held[side]);
+            }
         }
-    }
-    let (g, beta) = (V::splat(g), V::splat(beta));
-    let (value, _) = value.as_chunks::<LANES>();
-    let mut delta = held;
-    for side in 0..SIDES {
-        delta[side] = V::load(&value[side]).sub(g.mul(held[side])).mul(beta);
-    }
-    let mut read = [V::splat(0.0); SIDES];
-    for ((k, q), row) in key.iter().zip(query).zip(tile) {
-        let (row, _) = row.as_chunks_mut::<LANES>();
-        let (k, q) = (V::splat(*k), V::splat(*q));
+        let (g, beta) = (V::splat(self.g), V::splat(self.beta));
+        let (value, _) = value.as_chunks::<LANES>();
+        let mut delta = held;
         for side in 0..SIDES {
-            let s = delta[side].mul_add(k, g.mul(V::load(&row[side])));
-            s.store(&mut row[side]);
-            read[side] = s.mul_add(q, read[side]);
+            delta[side] = V::load(&value[side]).sub(g.mul(held[side])).mul(beta);
         }
+        let mut read = [V::splat(0.0); SIDES];
+        for ((k, q), row) in self.key.iter().zip(self.query).zip(tile.chunks_mut(stride)) {
+            let (row, _) = row[..COLUMNS].as_chunks_mut::<LANES>();
+            let (k, q) = (V::splat(*k), V::splat(*q));
+            for side in 0..SIDES {
+                let s = delta[side].mul_add(k, g.mul(V::load(&row[side])));
+                s.store(&mut row[side]);
+                read[side] = s.mul_add(q, read[side]);
+            }
+        }
+        let mut out = [0.0; COLUMNS];
+        for (out, read) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(read) {
+            read.store(out);
+        }
+        out
     }
-    let mut out = [0.0; COLUMNS];
-    for (out, read) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(read) {
-        read.store(out);
-    }
-    out
 }
 
 /// `out = x / sqrt(Σx² + eps) · scale`.

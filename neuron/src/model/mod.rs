@@ -65,7 +65,7 @@ pub trait CausalLm: Send {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(Seen, &Tensor),
+        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
     ) -> Result<Tensor, ModelError>;
 
     /// Logits of the tokens after next, by a layer of their own, where the model has one and it was loaded: the rows of

@@ -98,6 +98,10 @@ pub(super) fn product<W: Panelled>(
             let inputs = start..(start + W::DEPTH).min(width);
             // SAFETY: this function is called only where `has_avx2`
             unsafe { W::widen(&own, inputs.clone(), panel) };
+            for row in (first + PANEL..out).take(PANEL) {
+                let row = &weights[row * units..][..units];
+                fetch(&row[inputs.start / W::LEN..inputs.end / W::LEN]);
+            }
             for begin in (0..rows).step_by(W::GROUP) {
                 let group = Group {
                     first: begin,
@@ -118,6 +122,16 @@ pub(super) fn product<W: Panelled>(
         }
     });
     product
+}
+
+/// Begins to bring `weights` into the second cache: panels jump from row to row, which the processor does not foresee.
+fn fetch<W>(weights: &[W]) {
+    const LINE: usize = 64;
+    let start: *const i8 = weights.as_ptr().cast();
+    for at in (0..size_of_val(weights)).step_by(LINE) {
+        // SAFETY: the address is within the weights, and nothing is read
+        unsafe { _mm_prefetch(start.wrapping_add(at), _MM_HINT_T1) };
+    }
 }
 
 /// Calls a kernel compiled for the number of rows in a group.

@@ -25,7 +25,7 @@ struct Pass<'a, 's> {
     states: &'a mut [&'s mut SequenceState],
     /// Where the rows of each state begin in its sequence.
     starts: Vec<usize>,
-    probe: &'a mut dyn FnMut(Seen, &Tensor),
+    probe: &'a mut (dyn FnMut(Seen, &Tensor) + Send),
 }
 
 /// The whole model, or one rank's part of it (Qwen3_5ForCausalLM).
@@ -40,6 +40,8 @@ pub struct Qwen3_5ForCausalLm {
     pool: KvPool,
     weight_bytes: u64,
     device: Device,
+    /// There are no other ranks.
+    alone: bool,
 }
 
 impl Qwen3_5ForCausalLm {
@@ -90,7 +92,18 @@ impl Qwen3_5ForCausalLm {
             mtp,
             weight_bytes,
             device: options.device.clone(),
+            alone: weights.communicator().world_size() == 1,
         })
+    }
+
+    /// Does `work` in a thread of the pool that kernels share: from outside each of them would have to wake it and wait. Ranks
+    /// wait for each other, which threads of a pool must not.
+    fn in_pool<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        if self.alone {
+            rayon::scope(|_| work())
+        } else {
+            work()
+        }
     }
 
     fn run(&self, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
@@ -151,7 +164,7 @@ impl Qwen3_5ForCausalLm {
             starts,
             probe,
         };
-        let drafts = self.run_draft(mtp, hidden, &mut pass)?;
+        let drafts = self.in_pool(|| self.run_draft(mtp, hidden, &mut pass))?;
         for segment in &batch.segments {
             states[segment.state].drafted += segment.rows.len();
         }
@@ -207,18 +220,19 @@ impl CausalLm for Qwen3_5ForCausalLm {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut dyn FnMut(Seen, &Tensor),
+        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
     ) -> std::result::Result<Tensor, ModelError> {
         let starts = states.iter().map(|state| state.len).collect();
         for segment in &batch.segments {
             states[segment.state].make_room(segment.rows.len())?;
         }
-        Ok(self.run(&mut Pass {
+        let mut pass = Pass {
             batch,
             states,
             starts,
             probe,
-        })?)
+        };
+        Ok(self.in_pool(|| self.run(&mut pass))?)
     }
 
     fn draft(
