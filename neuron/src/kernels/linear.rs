@@ -15,9 +15,7 @@ mod dot_avx2;
 mod tile_avx2;
 
 /// Up to this many rows are multiplied by streaming the weights.
-const FEW: usize = TILE;
-/// The same where panels are not laid out for the processor, but by a library: it lays them out anew for each product.
-const FEW_ANYWHERE: usize = 12;
+const FEW: usize = 12;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 16;
 /// Rows of weights that are widened together for any processor: with 2,048 inputs half a megabyte, which stays in the cache.
@@ -58,7 +56,7 @@ fn multiply(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
             stream::<dot_avx2::Avx2>(x, rows, weight)
         };
     }
-    if rows > FEW_ANYWHERE {
+    if rows > FEW {
         many_rows(x, rows, weight)
     } else {
         stream::<Portable>(x, rows, weight)
