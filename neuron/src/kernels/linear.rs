@@ -270,8 +270,7 @@ mod tests {
                 let dispatched = {
                     let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("fits");
                     let product = linear(&x, &weight).expect("fits");
-                    let product = with_f32(&product, <[f32]>::to_vec).expect("on the CPU");
-                    product
+                    with_f32(&product, <[f32]>::to_vec).expect("on the CPU")
                 };
                 for (path, found, bound) in [
                     ("streamed", streamed, eight_bits),

@@ -430,7 +430,7 @@ whole_with_offsets!(Q4K => 8, Q5K => 4);
 macro_rules! panels_of_blocks {
     ($($kind:ty),*) => {$(
         impl Panelled for $kind {
-            const DEPTH: usize = 512;
+            const DEPTH: usize = 1024;
             const GROUP: usize = 4;
             type Inputs = WholeInputs;
             type Panel = WholePanel;
