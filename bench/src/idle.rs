@@ -5,6 +5,7 @@ use crate::machine::Machine;
 use crate::mock::MODEL;
 use crate::processes::{Memory, raise_open_files};
 use crate::servers::{Proxy, ProxyArgs, Servers, Via};
+use anyhow::Context as _;
 use clap::Args;
 use futures::{StreamExt as _, TryStreamExt as _};
 use serde::Serialize;
@@ -49,7 +50,8 @@ pub(crate) async fn run(args: IdleArgs, threads: usize) -> anyhow::Result<()> {
     let servers = Servers::start(&args.proxies, 0, true, threads).await?;
     let mut held = Vec::new();
     for proxy in &servers.proxies {
-        held.push(hold(proxy, args.streams).await?);
+        let via = proxy.via.as_str();
+        held.push(hold(proxy, args.streams).await.context(via)?);
     }
     servers.stop().await?;
     let report = IdleReport { machine, held };

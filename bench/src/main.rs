@@ -11,6 +11,7 @@ mod mock;
 mod model;
 mod processes;
 mod servers;
+mod streams;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Command {
     Gateway(gateway::GatewayArgs),
     /// Hold idle streams through nginx and cortex and print what they take in memory.
     Idle(idle::IdleArgs),
+    /// Run thousands of slow streams at once and print what they take and how even they are.
+    Streams(streams::StreamsArgs),
     /// Write a checkpoint of random numbers in the shape of a release.
     Model(model::ModelArgs),
 }
@@ -83,6 +86,7 @@ async fn run(command: Command, threads: usize) -> anyhow::Result<()> {
         Command::Load(args) => load::run(args).await,
         Command::Gateway(args) => gateway::run(args, threads).await,
         Command::Idle(args) => idle::run(args, threads).await,
+        Command::Streams(args) => streams::run(args, threads).await,
         Command::Model(args) => model::write(&args),
     }
 }

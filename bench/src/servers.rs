@@ -212,7 +212,7 @@ worker_processes {workers};
 error_log "{folder}/nginx-error.log" crit;
 pid "{folder}/nginx.pid";
 events {{
-    worker_connections 8192;
+    worker_connections 32768;
 }}
 http {{
     access_log off;

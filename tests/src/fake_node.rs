@@ -40,6 +40,8 @@ pub enum Script {
     Nonsense(String),
     /// So many at a time, each taking so long; more are refused with 429.
     Limited(usize, Duration),
+    /// So many at a time, each until the next [`FakeNode::step`]; more are refused with 429.
+    Places(usize),
 }
 
 /// How it loads models.
@@ -351,8 +353,16 @@ async fn exchange(
         let error = json!({"error": {"message": "not here", "type": "invalid_request_error", "code": "model_not_found"}});
         return (StatusCode::NOT_FOUND, axum::Json(error)).into_response();
     }
+    let stepped = step.clone().notified_owned(); // before it is seen to be open: the step that follows is meant for it
     let guard = Guard::open(&shared);
     match script {
+        Script::Limited(places, _) | Script::Places(places)
+            if shared.lock().unwrap().open > places =>
+        {
+            guard.end();
+            let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
+            (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response()
+        }
         Script::Answer => {
             guard.end();
             axum::Json(answer(&model, &name)).into_response()
@@ -369,13 +379,12 @@ async fn exchange(
             guard.end();
             text.into_response()
         }
-        Script::Limited(places, time) => {
-            let open = shared.lock().unwrap().open;
-            if open > places {
-                guard.end();
-                let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
-                return (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response();
-            }
+        Script::Places(_) => {
+            stepped.await;
+            guard.end();
+            axum::Json(answer(&model, &name)).into_response()
+        }
+        Script::Limited(_, time) => {
             tokio::time::sleep(time).await; // the work that it does
             guard.end();
             axum::Json(answer(&model, &name)).into_response()
