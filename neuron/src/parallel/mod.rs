@@ -29,3 +29,14 @@ pub trait Communicator: Debug + Send + Sync {
     /// When an operation on the device fails.
     fn all_gather(&self, part: &Tensor, dim: usize) -> Result<Tensor>;
 }
+
+/// Does `work`, which makes calls of `communicator`, in a thread of the pool that kernels share: from outside each kernel
+/// would have to wake the pool and wait. Not where there are other ranks: a call waits for them, and a thread of the pool
+/// that waits is one too few.
+pub fn in_pool<T: Send>(communicator: &dyn Communicator, work: impl FnOnce() -> T + Send) -> T {
+    if communicator.world_size() == 1 {
+        rayon::scope(|_| work())
+    } else {
+        work()
+    }
+}

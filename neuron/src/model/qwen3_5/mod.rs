@@ -5,11 +5,13 @@ use super::layers::norm::RmsNorm;
 use super::{Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Seen};
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
+use crate::parallel::{Communicator, in_pool};
 use crate::weights::Weights;
 use candle_core::{Device, Result, Tensor};
 use config::Config;
 use decoder::DecoderLayer;
 use mtp::MultiTokenPredictor;
+use std::sync::Arc;
 
 mod attention;
 pub(crate) mod config;
@@ -40,8 +42,7 @@ pub struct Qwen3_5ForCausalLm {
     pool: KvPool,
     weight_bytes: u64,
     device: Device,
-    /// There are no other ranks.
-    alone: bool,
+    communicator: Arc<dyn Communicator>,
 }
 
 impl Qwen3_5ForCausalLm {
@@ -92,18 +93,8 @@ impl Qwen3_5ForCausalLm {
             mtp,
             weight_bytes,
             device: options.device.clone(),
-            alone: weights.communicator().world_size() == 1,
+            communicator: weights.communicator(),
         })
-    }
-
-    /// Does `work` in a thread of the pool that kernels share: from outside each of them would have to wake it and wait. Ranks
-    /// wait for each other, which threads of a pool must not.
-    fn in_pool<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        if self.alone {
-            rayon::scope(|_| work())
-        } else {
-            work()
-        }
     }
 
     fn run(&self, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
@@ -164,7 +155,9 @@ impl Qwen3_5ForCausalLm {
             starts,
             probe,
         };
-        let drafts = self.in_pool(|| self.run_draft(mtp, hidden, &mut pass))?;
+        let drafts = in_pool(&*self.communicator, || {
+            self.run_draft(mtp, hidden, &mut pass)
+        })?;
         for segment in &batch.segments {
             states[segment.state].drafted += segment.rows.len();
         }
@@ -232,7 +225,7 @@ impl CausalLm for Qwen3_5ForCausalLm {
             starts,
             probe,
         };
-        Ok(self.in_pool(|| self.run(&mut pass))?)
+        Ok(in_pool(&*self.communicator, || self.run(&mut pass))?)
     }
 
     fn draft(
