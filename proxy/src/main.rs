@@ -21,6 +21,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// Requests come and go in buffers of 64 KiB, at which size the system's allocator tidies up on every release.
+/// Without huge pages (`no_thp`): with them a waiting stream keeps all of its buffers in memory, not only what it has written to.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
