@@ -328,10 +328,16 @@ async fn guesses_change_no_text_but_the_number_of_steps() {
 #[tokio::test]
 async fn guesses_never_need_more_room_than_there_is() {
     let reference = bench(Script::Hash);
+    // long enough that both write at once, whatever the room for their prompts
+    let request = |bench: &Bench, prompt: &[u32]| Request {
+        prompt: prompt.to_vec(),
+        ..bench.request("x", 90, warm(7))
+    };
     // each of the first four lengths ends elsewhere in a block after steps of four tokens
-    for (blocks, longer) in (8..=14).flat_map(|blocks| (0..4).map(move |longer| (blocks, longer))) {
+    for (blocks, longer) in (11..=21).flat_map(|blocks| (0..4).map(move |longer| (blocks, longer)))
+    {
         let mut tight = config().with_nothing_kept();
-        tight.bounds.blocks = blocks; // of 16 tokens; one sequence takes up to six
+        tight.bounds.blocks = blocks; // of 16 tokens; one sequence takes up to ten
         tight.bounds.drafts = 3;
         let prompts: Vec<Vec<u32>> = (0..2)
             .map(|n| (10..66 + longer + 4 * n).collect())
@@ -351,14 +357,14 @@ async fn guesses_never_need_more_room_than_there_is() {
             let bench = bench_with(model, tight.clone());
             let all: Vec<Events> = prompts
                 .iter()
-                .map(|prompt| bench.engine.submit(of_tokens(&bench, prompt, &[])).unwrap())
+                .map(|prompt| bench.engine.submit(request(&bench, prompt)).unwrap())
                 .collect();
             gate.open();
             for (prompt, mut events) in prompts.iter().zip(all) {
                 let (text, end) = collect(&mut events).await;
                 end.unwrap();
                 if hashed {
-                    let alone = run(&reference, of_tokens(&reference, prompt, &[])).await.0;
+                    let alone = run(&reference, request(&reference, prompt)).await.0;
                     assert_eq!(text, alone, "{blocks} blocks");
                 }
             }
