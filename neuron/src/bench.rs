@@ -134,10 +134,25 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
     let model = model::load(&args.model, &options, &|_| {})?;
     let load_seconds = began.elapsed().as_secs_f64();
     let read_bandwidth = read_bandwidth(args.rounds);
-    let weight_bytes = model.weight_bytes();
+    let measurements = measure(&*model, args, read_bandwidth)?;
+    Ok(Report {
+        threads: rayon::current_num_threads(),
+        weight_bytes: model.weight_bytes(),
+        load_seconds,
+        read_bandwidth,
+        measurements,
+    })
+}
+
+/// The prompt, and then each number of sequences; without tokens to read or to write there is nothing to measure.
+fn measure(
+    model: &dyn CausalLm,
+    args: &BenchArgs,
+    read_bandwidth: f64,
+) -> Result<Vec<Measurement>, ModelError> {
     let mut measurements = Vec::new();
     if args.prompt > 0 {
-        let seconds = median(args.rounds, || prefill(&*model, args))?;
+        let seconds = median(args.rounds, || prefill(model, args))?;
         measurements.push(Measurement {
             what: "prefill",
             batch: 1,
@@ -146,27 +161,20 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
             bandwidth_share: None,
         });
     }
-    for batch in args.batch.iter().copied().filter(|batch| *batch > 0) {
-        if args.generate == 0 {
-            break;
-        }
-        let seconds = median(args.rounds, || decode(&*model, batch, args))?;
+    let written = |batch: &usize| *batch > 0 && args.generate > 0;
+    for batch in args.batch.iter().copied().filter(written) {
+        let seconds = median(args.rounds, || decode(model, batch, args))?;
         let steps_per_second = args.generate as f64 / seconds;
+        let bytes_per_second = steps_per_second * model.weight_bytes() as f64;
         measurements.push(Measurement {
             what: "decode",
             batch,
             tokens: args.generate,
             tokens_per_second: batch as f64 * steps_per_second,
-            bandwidth_share: Some(steps_per_second * weight_bytes as f64 / read_bandwidth),
+            bandwidth_share: Some(bytes_per_second / read_bandwidth),
         });
     }
-    Ok(Report {
-        threads: rayon::current_num_threads(),
-        weight_bytes,
-        load_seconds,
-        read_bandwidth,
-        measurements,
-    })
+    Ok(measurements)
 }
 
 fn median(
@@ -263,27 +271,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_small_model_is_measured() {
+    fn what_is_asked_for_is_measured_and_nothing_else() {
         let folder = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/fixtures/models/qwen3_5_text"
         );
-        let args = BenchArgs {
+        let mut args = BenchArgs {
             model: folder.into(),
             quant: None,
             prompt: 20,
             chunk: 8,
             generate: 2,
             depth: 3,
-            batch: vec![1, 3],
+            batch: vec![1, 0, 3],
             threads: None,
             rounds: 1,
             json: false,
         };
         let model = model::load(&args.model, &LoadOptions::cpu(), &|_| {}).unwrap();
-        let seconds = prefill(&*model, &args).unwrap();
-        assert!(seconds > 0.0);
-        let seconds = decode(&*model, 3, &args).unwrap();
-        assert!(seconds > 0.0);
+        let bandwidth = 1e9;
+        let found = measure(&*model, &args, bandwidth).unwrap();
+        let asked: Vec<_> = found.iter().map(|m| (m.what, m.batch, m.tokens)).collect();
+        assert_eq!(
+            asked,
+            [("prefill", 1, 20), ("decode", 1, 2), ("decode", 3, 2)]
+        );
+        for one in &found[1..] {
+            let steps = one.tokens_per_second / one.batch as f64;
+            let share = steps * model.weight_bytes() as f64 / bandwidth;
+            assert!((one.bandwidth_share.unwrap() / share - 1.0).abs() < 1e-9);
+        }
+        (args.prompt, args.generate) = (0, 0);
+        assert!(measure(&*model, &args, bandwidth).unwrap().is_empty());
     }
 }

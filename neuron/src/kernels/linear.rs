@@ -1,5 +1,5 @@
-//! `x · Wᵀ` for weights in any format. A few rows stream the weights once; many rows meet a panel of weights at a time,
-//! widened to f32, in a blocked product.
+//! `x · Wᵀ` for weights in any format. A few rows stream the weights once; many rows meet a panel of weights at a time, laid
+//! out for the processor where there is a file for it, and else widened to f32 for a library.
 
 use super::{vectorised, with_f32};
 use crate::quant::{Matrix, Numbers, Q4K, Q5K, Q6K, Q8Block, each_format};

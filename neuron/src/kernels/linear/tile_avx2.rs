@@ -498,7 +498,8 @@ impl WholeInputs {
     }
 }
 
-/// Numbers in 8 bits: their scale, their sum and themselves.
+/// Numbers in 8 bits: their scale, their sum and themselves; the same as `dot::Weight::inputs` of `Q8_0` gives. With that one, which
+/// any processor can run, sixteen sequences decoded 8 % slower.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn eight_bits(numbers: &[f32; PART]) -> (f32, i32, [i8; PART]) {
