@@ -188,6 +188,14 @@ fn nginx_version(named: Option<&Path>) -> anyhow::Result<Option<(PathBuf, String
     Ok(None)
 }
 
+/// Threads of each proxy: a small machine has to have room for the load and the mock.
+fn workers() -> usize {
+    match crate::machine::cores() {
+        0..4 => 1,
+        _ => 2,
+    }
+}
+
 /// nginx as one sets it up before a server that streams: nothing buffered, nothing logged, upstream kept alive.
 fn nginx_config(folder: &Path, listen: SocketAddr, upstream: SocketAddr, version: &str) -> String {
     let folder = folder.display();
@@ -196,10 +204,7 @@ fn nginx_config(folder: &Path, listen: SocketAddr, upstream: SocketAddr, version
         true => "user root;",
         false => "",
     };
-    let workers = match crate::machine::cores() {
-        0..4 => 1,
-        _ => 2,
-    };
+    let workers = workers();
     let temp_paths: String = ["fastcgi", "uwsgi", "scgi"]
         .iter()
         .filter(|module| !version.contains(&format!("--without-http_{module}_module")))
@@ -243,10 +248,12 @@ http {{
 }
 
 fn cortex_config(listen: SocketAddr, metrics: SocketAddr, upstream: SocketAddr) -> String {
+    let workers = workers();
     format!(
         r#"[gateway]
 listen = "{listen}"
 metrics_listen = "{metrics}"
+threads = {workers}
 
 [[neurons]]
 name = "mock"

@@ -199,7 +199,14 @@ fn new_id() -> Arc<str> {
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let mut hasher = KEY.get_or_init(RandomState::new).build_hasher();
     hasher.write_u64(count);
-    format!("req_{:016x}{:08x}", hasher.finish(), count & 0xffff_ffff).into()
+    // by hand: formatting was two parts in a hundred of a small exchange's CPU time
+    let mut id = *b"req_000000000000000000000000";
+    let digits = id[4..].iter_mut().rev();
+    let number = u128::from(hasher.finish()) << 32 | u128::from(count & 0xffff_ffff);
+    for (place, digit) in digits.enumerate() {
+        *digit = b"0123456789abcdef"[(number >> (4 * place)) as usize & 0xf];
+    }
+    std::str::from_utf8(&id).expect("digits").into()
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use crate::resolve::Route;
 use crate::{Exchange, Request, Response};
+use http::StatusCode;
 use prometheus::core::Collector;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -10,6 +11,7 @@ use prometheus::{
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::future::Future;
+use std::hash::Hash;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::task::{Context, Poll};
@@ -41,11 +43,33 @@ struct Families {
     prompt_tokens: IntCounterVec,
     cached_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
-    /// Handles by model and node, so that a request looks its labels up once.
-    served: RwLock<HashMap<ModelAndNode, Arc<Served>>>,
+    by_route: Handles<Route, IntGauge>,
+    by_status: Handles<(Route, StatusCode), IntCounter>,
+    served: Handles<(Arc<str>, Arc<str>), Arc<Served>>,
 }
 
-type ModelAndNode = (Arc<str>, Arc<str>);
+/// What labels stand for, so that a request does not put them together again.
+struct Handles<K, H>(RwLock<HashMap<K, H>>);
+
+impl<K, H> Default for Handles<K, H> {
+    fn default() -> Self {
+        Self(RwLock::default())
+    }
+}
+
+impl<K: Eq + Hash, H: Clone> Handles<K, H> {
+    fn get(&self, key: K, make: impl FnOnce(&K) -> H) -> H {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = known.get(&key) {
+            return handle.clone();
+        }
+        drop(known);
+        let handle = make(&key);
+        let mut all = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        all.insert(key, handle.clone());
+        handle
+    }
+}
 
 /// The families of one model on one node.
 struct Served {
@@ -126,7 +150,9 @@ impl Metrics {
                     "Generated tokens, as nodes report them",
                     served,
                 ),
-                served: RwLock::default(),
+                by_route: Handles::default(),
+                by_status: Handles::default(),
+                served: Handles::default(),
             }),
         }
     }
@@ -144,31 +170,18 @@ impl Metrics {
     }
 
     fn served(&self, model: &Arc<str>, node: &Arc<str>) -> Arc<Served> {
+        let families = &self.families;
         let key = (model.clone(), node.clone());
-        let known = self
-            .families
-            .served
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&key)
-            .cloned();
-        known.unwrap_or_else(|| {
+        families.served.get(key, |(model, node)| {
             let labels: &[&str] = &[model, node];
-            let families = &self.families;
-            let served = Arc::new(Served {
+            Arc::new(Served {
                 latency: families.latency.with_label_values(labels),
                 first_token: families.first_token.with_label_values(labels),
                 rate: families.rate.with_label_values(labels),
                 prompt_tokens: families.prompt_tokens.with_label_values(labels),
                 cached_tokens: families.cached_tokens.with_label_values(labels),
                 generation_tokens: families.generation_tokens.with_label_values(labels),
-            });
-            families
-                .served
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(key, served.clone());
-            served
+            })
         })
     }
 }
@@ -186,6 +199,12 @@ impl MetricsLayer {
         Self { metrics }
     }
 }
+
+/// What the field counts where no answer got through.
+const CLIENT_LEFT: StatusCode = match StatusCode::from_u16(499) {
+    Ok(status) => status,
+    Err(_) => unreachable!(),
+};
 
 /// Counts each exchange when its body has gone, with what the layers below learnt about it.
 #[derive(Clone)]
@@ -234,15 +253,15 @@ struct Record {
     metrics: Metrics,
     exchange: Arc<Exchange>,
     in_flight: IntGauge,
-    status: Option<http::StatusCode>,
+    status: Option<StatusCode>,
 }
 
 impl Record {
     fn open(metrics: Metrics, exchange: Arc<Exchange>) -> Self {
-        let in_flight = metrics
-            .families
-            .in_flight
-            .with_label_values(&[exchange.route.name()]);
+        let families = &metrics.families;
+        let in_flight = families.by_route.get(exchange.route, |route| {
+            families.in_flight.with_label_values(&[route.name()])
+        });
         in_flight.inc();
         Self {
             metrics,
@@ -257,12 +276,14 @@ impl Drop for Record {
     fn drop(&mut self) {
         self.in_flight.dec();
         let exchange = &self.exchange;
-        let status = self.status.as_ref().map_or("499", http::StatusCode::as_str);
-        self.metrics
-            .families
-            .requests
-            .with_label_values(&[exchange.route.name(), status])
-            .inc();
+        let families = &self.metrics.families;
+        let answered = (exchange.route, self.status.unwrap_or(CLIENT_LEFT));
+        let answered = families.by_status.get(answered, |(route, status)| {
+            families
+                .requests
+                .with_label_values(&[route.name(), status.as_str()])
+        });
+        answered.inc();
         let (Some(target), Some(node)) = (exchange.target(), exchange.node()) else {
             return;
         };

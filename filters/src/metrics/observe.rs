@@ -136,10 +136,22 @@ impl Scanner {
     }
 }
 
+/// The usage that an answer or a chunk reports.
 fn usage_in(json: &[u8]) -> Option<Usage> {
     #[derive(Deserialize)]
     struct UsageOnly {
         usage: Option<Usage>,
+    }
+    // Within a string its quotes would be escaped, so this is a key, or a string that is nothing else. Where there is
+    // one alone, what is before it need not be parsed: most of an answer.
+    const KEY: &[u8] = b"\"usage\"";
+    let at = memmem::find(json, KEY)?;
+    let behind = &json[at + KEY.len()..];
+    if let Some(value) = behind.trim_ascii_start().strip_prefix(b":")
+        && memmem::find(behind, KEY).is_none()
+    {
+        let mut values = serde_json::Deserializer::from_slice(value).into_iter::<Option<Usage>>();
+        return values.next()?.ok()?;
     }
     serde_json::from_slice::<UsageOnly>(json).ok()?.usage
 }
@@ -223,6 +235,38 @@ mod tests {
                 .as_bytes(),
         );
         assert!(exchange.time_to_first_token().is_none());
+    }
+
+    #[test]
+    fn usage_is_found_wherever_it_stands_in_an_answer() {
+        const USAGE: &str = r#"{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}"#;
+        for (json, found) in [
+            (
+                format!(r#"{{"choices":[],"usage" : {USAGE},"timings":{{}}}}"#),
+                true,
+            ),
+            (
+                format!(r#"{{"usage":{USAGE},"choices":[{{"text":"\"usage\":1"}}]}}"#),
+                true,
+            ),
+            (
+                format!(r#"{{"choices":[{{"text":"usage"}}],"usage":{USAGE}}}"#),
+                true,
+            ),
+            (
+                format!(r#"{{"details":{{"usage":2}},"usage":{USAGE}}}"#),
+                true,
+            ),
+            (r#"{"choices":[],"usage":null}"#.to_owned(), false),
+            (r#"{"choices":["usage"]}"#.to_owned(), false),
+            (
+                r#"{"choices":[],"usage":{"prompt_tokens":"#.to_owned(),
+                false,
+            ),
+        ] {
+            let expected = found.then(|| Usage::new(7, 3));
+            assert_eq!(usage_in(json.as_bytes()), expected, "{json}");
+        }
     }
 
     #[test]

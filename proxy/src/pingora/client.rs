@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use filters::Body;
 use filters::route::Endpoint;
 use futures::{FutureExt, Stream};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use pingora_core::connectors::TransportConnector;
 use pingora_core::protocols::Stream as Connection;
 use pingora_core::protocols::http::v1::client::HttpSession;
@@ -26,6 +26,13 @@ use tokio::io::AsyncWriteExt;
 const COALESCE: usize = 32 << 10;
 /// A whole reply longer than this is refused.
 const WHOLE_LIMIT: usize = 64 << 20;
+/// Headers of an answer that somebody here reads or a client is told; all others stop here.
+const KEPT: [HeaderName; 4] = [
+    header::CONTENT_TYPE,
+    header::RETRY_AFTER,
+    HeaderName::from_static(protocol::ext::PROMPT_TOKENS_HEADER),
+    HeaderName::from_static(protocol::ext::UNKNOWN_FIELDS_HEADER),
+];
 /// An unused connection is closed after this long.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -81,7 +88,8 @@ type PeerKey = (SocketAddr, bool, Arc<str>);
 
 /// A connection on which a request has been sent and a head received.
 struct Answering {
-    session: HttpSession,
+    /// In a box: it is a kilobyte that is handed on many times.
+    session: Box<HttpSession>,
     peer: Arc<HttpPeer>,
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -105,7 +113,8 @@ impl Client {
         self.shared.pool.close_old().await;
     }
 
-    /// Sends `request`. An event stream is returned as it comes, any other body when it is complete.
+    /// Sends `request`. An event stream is returned as it comes, any other body when it is complete; of the headers
+    /// only [`KEPT`] are.
     pub(crate) async fn send(
         &self,
         endpoint: &Endpoint,
@@ -116,14 +125,20 @@ impl Client {
             .session
             .resp_header()
             .expect("a head has been read");
-        let (status, headers) = (head.status, head.headers.clone());
+        let status = head.status;
+        let mut headers = HeaderMap::with_capacity(KEPT.len() + 2); // room for what layers above add
+        for name in KEPT {
+            if let Some(value) = head.headers.get(&name) {
+                headers.insert(name, value.clone());
+            }
+        }
         let body = if is_event_stream(&headers) {
             Body::stream(Incoming {
                 answering: Some(answering),
                 failed: None,
             })
         } else {
-            Body::whole(answering.collect(&headers).await?)
+            Body::whole(answering.collect().await?)
         };
         let mut response = http::Response::new(body);
         *response.status_mut() = status;
@@ -146,10 +161,8 @@ impl Client {
         {
             return Ok(answering);
         }
-        let connection = self
-            .shared
-            .connector
-            .new_stream(&*peer)
+        // seldom needed and large: without a box every exchange would carry 40 KB of it from layer to layer
+        let connection = Box::pin(self.shared.connector.new_stream(&*peer))
             .await
             .map_err(|source| ClientError::Connect { address, source })?;
         self.ask(connection, &peer, address, &wire).await
@@ -176,7 +189,7 @@ impl Client {
                 error,
             ))
         })?;
-        let mut session = HttpSession::new_with_options(connection, &**peer);
+        let mut session = Box::new(HttpSession::new_with_options(connection, &**peer));
         loop {
             session.read_response().await.map_err(broken)?;
             let status = session.get_status().unwrap_or(StatusCode::BAD_GATEWAY);
@@ -222,9 +235,10 @@ impl Shared {
 
 impl Answering {
     /// The rest of the body; the connection goes back to the pool.
-    async fn collect(mut self, headers: &HeaderMap) -> Result<Bytes, ClientError> {
-        let expected = headers
-            .get(http::header::CONTENT_LENGTH)
+    async fn collect(mut self) -> Result<Bytes, ClientError> {
+        let head = self.session.resp_header();
+        let expected = head
+            .and_then(|head| head.headers.get(header::CONTENT_LENGTH))
             .and_then(|length| length.to_str().ok()?.parse::<usize>().ok())
             .unwrap_or(0);
         let mut all = BytesMut::with_capacity(expected.min(WHOLE_LIMIT));
@@ -310,7 +324,7 @@ fn torn(error: ClientError) -> ApiError {
 
 fn is_event_stream(headers: &HeaderMap) -> bool {
     headers
-        .get(http::header::CONTENT_TYPE)
+        .get(header::CONTENT_TYPE)
         .is_some_and(|kind: &HeaderValue| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 

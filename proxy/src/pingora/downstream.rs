@@ -88,9 +88,9 @@ impl Gateway {
 
     async fn answer(&self, session: &mut ServerSession) -> pingora_core::Result<()> {
         let serving = self.serving.load_full();
-        let head = session.req_header().as_owned_parts();
         let read = self.intake(session, &serving.intake).await;
         let refused = read.is_err();
+        let head = session.req_header().as_owned_parts();
         let request = match read {
             Ok(body) => Request::new(head, body),
             Err(error) => Request::refused(head, error),
@@ -210,13 +210,11 @@ async fn client_gone(session: &mut ServerSession) -> Box<Error> {
 async fn write(session: &mut ServerSession, response: Response) -> pingora_core::Result<()> {
     session.set_write_timeout(Some(WRITE));
     let (head, mut body) = response.into_parts();
-    let mut header = ResponseHeader::build(head.status, Some(head.headers.len() + 3))?;
-    for (name, value) in &head.headers {
-        header.append_header(name, value)?;
-    }
+    let status = head.status;
+    let mut header = ResponseHeader::from(head); // the map moves; names are written as the field writes them
     let bodyless = session.req_header().method == Method::HEAD;
     if let Some(whole) = body.as_whole().cloned() {
-        if head.status != StatusCode::NO_CONTENT {
+        if status != StatusCode::NO_CONTENT {
             header.insert_header(header::CONTENT_LENGTH, whole.len())?;
         }
         session.write_response_header(Box::new(header)).await?;

@@ -9,14 +9,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tower::Service;
 
-/// Headers of a node's answer that are the client's business; all others stop here.
-const PASSED: [header::HeaderName; 4] = [
-    header::CONTENT_TYPE,
-    header::RETRY_AFTER,
-    header::HeaderName::from_static(protocol::ext::PROMPT_TOKENS_HEADER), // `translate` reads it too
-    header::HeaderName::from_static(protocol::ext::UNKNOWN_FIELDS_HEADER),
-];
-
 /// Forwards to nodes. None of the client's own headers go along, its credentials least of all.
 #[derive(Clone)]
 pub(crate) struct Upstream {
@@ -70,16 +62,9 @@ impl Service<Request> for Upstream {
 }
 
 /// An answer that is one, or the failure that it tells of.
-fn accept(mut response: Response) -> Result<Response, Failure> {
+fn accept(response: Response) -> Result<Response, Failure> {
     let status = response.status();
     if status.is_success() {
-        let mut kept = http::HeaderMap::with_capacity(PASSED.len() + 2);
-        for name in PASSED {
-            if let Some(value) = response.headers_mut().remove(&name) {
-                kept.insert(name, value);
-            }
-        }
-        *response.headers_mut() = kept;
         return Ok(response);
     }
     let retry_after = response
