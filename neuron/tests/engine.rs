@@ -127,6 +127,7 @@ async fn answers(
             guide: Guide::default(),
             score_prompt: false,
             priority: 0,
+            user: None,
             places: vec![40, 62],
             salt: None,
             output: Output::new(tokenizer.clone(), OutputOptions::default()),

@@ -219,7 +219,7 @@ const BOTH: &[Field] = &[
     ),
     Field::new(
         "user",
-        Accepted("nothing depends on it yet"),
+        Honoured("requests that wait begin in turns, a user's one after another user's"),
         r#"{"user":"u"}"#,
     ),
     Field::new("n", Honoured("the prompt is computed once"), r#"{"n":2}"#),

@@ -123,6 +123,7 @@ fn prepare(
         seed: wire.seed,
         stop: wire.stop,
         logprobs: logprobs.then(|| wire.top_logprobs.unwrap_or(0)),
+        user: wire.user,
         controls: wire.controls,
     }
     .checked(text, origin)?;

@@ -95,6 +95,7 @@ fn prepare(
         seed: wire.seed,
         stop: wire.stop,
         logprobs: wire.logprobs,
+        user: wire.user,
         controls: wire.controls,
     }
     .checked(text, origin)

@@ -236,6 +236,7 @@ pub(super) struct Given {
     pub(super) seed: Option<i64>,
     pub(super) stop: Option<StopStrings>,
     pub(super) logprobs: Option<u64>,
+    pub(super) user: Option<String>,
     pub(super) controls: Controls,
 }
 
@@ -249,6 +250,7 @@ pub(super) struct Checked {
     /// Answers to each prompt.
     pub(super) count: usize,
     pub(super) priority: i64,
+    pub(super) user: Option<Arc<str>>,
     pub(super) salt: Option<Arc<str>>,
     /// What an answer must look like, and the field that says so.
     pub(super) shape: Option<(Shape, &'static str)>,
@@ -310,6 +312,7 @@ impl Given {
             ends,
             count: usize::try_from(count).unwrap_or(usize::MAX),
             priority: controls.priority.unwrap_or(0),
+            user: self.user.map(Arc::from),
             salt: salt.map(Arc::from),
             shape,
             origin,
@@ -341,6 +344,7 @@ impl Checked {
                 guide: guide.clone(),
                 score_prompt: false,
                 priority: self.priority,
+                user: self.user.clone(),
                 places: places.clone(),
                 salt: self.salt.clone(),
                 output: Output::new(

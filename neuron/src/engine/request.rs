@@ -41,6 +41,8 @@ pub struct Request {
     pub score_prompt: bool,
     /// Lower begins earlier.
     pub priority: i64,
+    /// Who asks, where that is said: users of the same priority take turns.
+    pub user: Option<Arc<str>>,
     /// Where in the prompt its state is worth keeping for others, rising.
     pub places: Vec<usize>,
     /// Who else may go on from what it leaves: those with the same salt.

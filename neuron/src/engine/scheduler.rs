@@ -2,7 +2,8 @@
 
 use super::plan::{Plan, Row};
 use super::sequence::{Sequence, SequenceId, SequenceStatus};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 /// Room a sequence must have beyond its prompt before it may begin, in tokens, so that it is not set back at once.
 const HEADROOM: usize = 64;
@@ -25,10 +26,38 @@ pub struct Begun {
     pub save_at: Option<usize>,
 }
 
-/// Sequences in order of arrival, and the bounds on a step.
+/// Who may begin next among equals: the users take turns, whoever of them asks most.
+///
+/// Start-time fair queueing with requests of equal weight: a request's turn is the one after its user's last, but not before
+/// the turn that begins now, so that nobody saves turns up.
+#[derive(Debug, Default)]
+struct Turns {
+    now: u64,
+    /// Each user's next turn, where it is still to come. Who does not say who they are is one user.
+    next: HashMap<Option<Arc<str>>, u64>,
+}
+
+impl Turns {
+    fn take(&mut self, user: Option<Arc<str>>) -> u64 {
+        let next = self.next.entry(user).or_insert(self.now);
+        let turn = *next;
+        *next += 1;
+        turn
+    }
+
+    fn begin(&mut self, turn: u64) {
+        if turn > self.now {
+            self.now = turn;
+            self.next.retain(|_, next| *next > turn);
+        }
+    }
+}
+
+/// Sequences in the order in which they begin, and the bounds on a step.
 #[derive(Debug)]
 pub struct Scheduler {
     waiting: VecDeque<Sequence>,
+    turns: Turns,
     /// Running and paused, oldest first.
     running: Vec<Sequence>,
     bounds: Bounds,
@@ -53,14 +82,18 @@ impl Scheduler {
     pub fn new(bounds: Bounds) -> Self {
         Self {
             waiting: VecDeque::new(),
+            turns: Turns::default(),
             running: Vec::new(),
             bounds,
         }
     }
 
-    /// Puts a sequence in the line: behind all that have its priority or a better one.
-    pub fn add(&mut self, sequence: Sequence) {
-        let ahead = |other: &Sequence| other.priority <= sequence.priority;
+    /// Puts a sequence in the line: behind all that have a better priority, and of its own priority behind those whose turn
+    /// is no later.
+    pub fn add(&mut self, mut sequence: Sequence) {
+        sequence.turn = self.turns.take(sequence.user.clone());
+        let rank = |of: &Sequence| (of.priority, of.turn);
+        let ahead = |other: &Sequence| rank(other) <= rank(&sequence);
         let place = self.waiting.iter().rposition(ahead).map_or(0, |at| at + 1);
         self.waiting.insert(place, sequence);
     }
@@ -136,6 +169,7 @@ impl Scheduler {
             let Some(mut sequence) = self.waiting.pop_front() else {
                 break;
             };
+            self.turns.begin(sequence.turn);
             let begun = store.begin(&sequence);
             sequence.computed = begun.computed;
             if let Some(place) = begun.save_at {
@@ -353,6 +387,43 @@ mod tests {
         assert_eq!(
             step(&mut scheduler, FREE),
             [(1, 1, true), (2, 1, true), (3, 1, true)]
+        );
+    }
+
+    #[test]
+    fn users_take_turns_and_nobody_saves_them_up() {
+        let mut scheduler = scheduler(1, 10, 0);
+        let add = |scheduler: &mut Scheduler, id: u64, user: Option<&str>| {
+            scheduler.add(Sequence {
+                user: user.map(Arc::from),
+                ..Sequence::new(SequenceId(id), vec![0; 2])
+            });
+        };
+        // begins the next and ends it
+        let next = |scheduler: &mut Scheduler| {
+            let mut store = FREE;
+            let started = scheduler.plan(&mut store).started;
+            started.iter().for_each(|id| drop(scheduler.remove(*id)));
+            started[0].0
+        };
+        for (id, user) in [(1, "a"), (2, "a"), (3, "a"), (4, "a"), (5, "b"), (6, "b")] {
+            add(&mut scheduler, id, Some(user));
+        }
+        add(&mut scheduler, 7, None);
+        add(&mut scheduler, 8, None);
+        let first: Vec<_> = (0..5).map(|_| next(&mut scheduler)).collect();
+        assert_eq!(first, [1, 5, 7, 2, 6]);
+        // who comes late has the turn that is now, not all that went by
+        add(&mut scheduler, 9, Some("c"));
+        add(&mut scheduler, 10, Some("c"));
+        add(&mut scheduler, 11, Some("c"));
+        let then: Vec<_> = (0..6).map(|_| next(&mut scheduler)).collect();
+        assert_eq!(then, [8, 9, 3, 10, 4, 11]);
+        let known = &scheduler.turns.next;
+        assert_eq!(
+            known.len(),
+            2,
+            "turns that are over are forgotten: {known:?}"
         );
     }
 

@@ -30,6 +30,10 @@ pub struct Sequence {
     pub status: SequenceStatus,
     /// Lower begins earlier.
     pub priority: i64,
+    /// Who asks, where that is said: users of the same priority take turns.
+    pub user: Option<Arc<str>>,
+    /// Which turn it has; the scheduler deals them out.
+    pub turn: u64,
     /// The logits of each of its tokens are wanted: its prompt is to be scored, and nothing may be skipped.
     pub every_logit: bool,
     /// Where its state is to be saved for others, rising: a step ends at each.
@@ -54,6 +58,8 @@ impl Sequence {
             computed: 0,
             status: SequenceStatus::Waiting,
             priority: 0,
+            user: None,
+            turn: 0,
             every_logit: false,
             places: Vec::new(),
             drafts: Vec::new(),

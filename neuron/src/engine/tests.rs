@@ -87,6 +87,7 @@ impl Bench {
             guide: Guide::default(),
             score_prompt: false,
             priority: 0,
+            user: None,
             places: Vec::new(),
             salt: None,
             output: Output::new(self.tokenizer.clone(), options),

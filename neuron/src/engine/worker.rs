@@ -213,6 +213,7 @@ impl Worker {
         self.lives.insert(id, life);
         self.scheduler.add(Sequence {
             priority: request.priority,
+            user: request.user,
             every_logit: request.score_prompt,
             places: request.places,
             salt: request.salt,
