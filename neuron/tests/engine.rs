@@ -248,3 +248,98 @@ async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others
         }
     }
 }
+
+/// How much longer the readers of eight streams wait for a token while a prompt of 8,192 tokens comes in.
+#[tokio::test]
+#[ignore = "measures time: it wants the machine to itself"]
+async fn a_long_prompt_hardly_delays_those_that_write() {
+    const LONG: usize = 8192;
+    let folder = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(root().join("neuron/demo")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+    }
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut wider: serde_json::Value = serde_json::from_str(&text).unwrap();
+    wider["max_position_embeddings"] = (2 * LONG).into();
+    std::fs::write(&config, wider.to_string()).unwrap();
+    let model = model::load(folder.path(), &LoadOptions::cpu(), &|_| {}).unwrap();
+    let config = EngineConfig {
+        id: "demo".into(),
+        vocab: 400,
+        admission: AdmissionLimits {
+            max_waiting: 100,
+            max_prompt_tokens: 100_000,
+        },
+        bounds: Bounds {
+            max_running: 16,
+            prefill_tokens: 128,
+            blocks: 100_000,
+            drafts: 0,
+        },
+        snapshot_bytes: 0,
+        stall_limit: Duration::from_secs(3600),
+    };
+    let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("demo");
+    let engine = Engine::start(model, config, metrics).unwrap();
+    let tokenizer = fixture("qwen3_5_text").join("tokenizer.json");
+    let tokenizer = Arc::new(Tokenizer::load(&tokenizer).unwrap());
+    let request = |prompt: Vec<u32>, max_tokens: usize| Request {
+        id: "test".into(),
+        prompt,
+        max_tokens,
+        sampling: sampling(1.0, 1),
+        ends: Vec::new(),
+        guide: Guide::default(),
+        score_prompt: false,
+        priority: 0,
+        user: None,
+        places: Vec::new(),
+        salt: None,
+        output: Output::new(tokenizer.clone(), OutputOptions::default()),
+        arrived: Instant::now(),
+        deadline: Instant::now() + Duration::from_secs(3600),
+    };
+    let streams = (0..8u32).map(|index| {
+        let mut events = engine.submit(request(vec![index + 5; 20], 4096)).unwrap();
+        tokio::spawn(async move {
+            let mut times = Vec::new();
+            while let Some(event) = events.next().await {
+                if matches!(event, Event::Delta(Delta::Scored(_))) {
+                    times.push(Instant::now());
+                }
+            }
+            times
+        })
+    });
+    let streams: Vec<_> = streams.collect();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let came = Instant::now();
+    let long = (0..LONG as u32).map(|at| 5 + at % 300).collect();
+    let mut long = engine.submit(request(long, 1)).unwrap();
+    while long.next().await.is_some() {}
+    let read = Instant::now();
+    drop(long);
+    let (mut before, mut during) = (Vec::new(), Vec::new());
+    for stream in streams {
+        for pair in stream.await.unwrap().windows(2) {
+            let gap = pair[1] - pair[0];
+            if pair[1] < came {
+                before.push(gap);
+            } else if pair[0] > came && pair[1] < read {
+                during.push(gap);
+            }
+        }
+    }
+    let p99 = |gaps: &mut Vec<Duration>| {
+        gaps.sort();
+        gaps[gaps.len() * 99 / 100]
+    };
+    let (before, during) = (p99(&mut before), p99(&mut during));
+    println!(
+        "p99 between two tokens: {before:?} before, {during:?} beside {LONG} tokens read in {:?}",
+        read - came
+    );
+    assert!(during < 3 * before);
+}

@@ -4,6 +4,7 @@ pub mod admission;
 mod drafts;
 pub mod guide;
 pub mod metrics;
+pub mod pace;
 pub mod plan;
 pub mod prefix;
 pub mod request;

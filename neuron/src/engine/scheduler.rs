@@ -145,8 +145,9 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Decides the next step: every sequence that writes, then pieces of prompts, oldest first, then new ones.
-    pub fn plan(&mut self, store: &mut impl Store) -> Plan {
+    /// Decides the next step: every sequence that writes, then pieces of prompts, oldest first, then new ones. Where any
+    /// writes, the step takes in at most `beside` tokens of prompts.
+    pub fn plan(&mut self, store: &mut impl Store, beside: usize) -> Plan {
         let mut plan = Plan {
             preempted: self.make_room(store),
             ..Plan::default()
@@ -158,6 +159,9 @@ impl Scheduler {
             }
         }
         let mut budget = self.bounds.prefill_tokens;
+        if !plan.rows.is_empty() {
+            budget = budget.min(beside);
+        }
         for sequence in self.running.iter().filter(active) {
             let piece = sequence.piece(budget);
             if sequence.remaining() > 1 && piece > 0 {
@@ -289,7 +293,7 @@ mod tests {
 
     /// Plans and commits a step; each row as (sequence, tokens, sampled).
     fn step(scheduler: &mut Scheduler, mut store: Sized) -> Vec<(u64, usize, bool)> {
-        let plan = scheduler.plan(&mut store);
+        let plan = scheduler.plan(&mut store, usize::MAX);
         let sampled: Vec<_> = plan
             .rows
             .iter()
@@ -345,7 +349,7 @@ mod tests {
         });
         let mut pieces = Vec::new();
         for _ in 0..5 {
-            let plan = scheduler.plan(&mut Left(4));
+            let plan = scheduler.plan(&mut Left(4), usize::MAX);
             let row = &plan.rows[0];
             pieces.push((row.tokens.clone(), row.save, row.sample));
             let written = row.sample.then(|| (SequenceId(1), vec![1]));
@@ -391,6 +395,25 @@ mod tests {
     }
 
     #[test]
+    fn beside_those_that_write_less_is_read() {
+        let mut scheduler = scheduler(8, 64, 0);
+        add(&mut scheduler, 1, 2);
+        let begun = scheduler.plan(&mut FREE.clone(), 16);
+        scheduler.commit(&begun, &[(SequenceId(1), vec![1])]);
+        add(&mut scheduler, 2, 100);
+        let lengths = |plan: &Plan| -> Vec<_> { plan.rows.iter().map(Row::count).collect() };
+        let beside = scheduler.plan(&mut FREE.clone(), 16);
+        assert_eq!(lengths(&beside), [1, 16]);
+        scheduler.commit(&beside, &[(SequenceId(1), vec![1])]);
+        scheduler.remove(SequenceId(1));
+        assert_eq!(
+            lengths(&scheduler.plan(&mut FREE.clone(), 16)),
+            [64],
+            "nobody waits for it"
+        );
+    }
+
+    #[test]
     fn users_take_turns_and_nobody_saves_them_up() {
         let mut scheduler = scheduler(1, 10, 0);
         let add = |scheduler: &mut Scheduler, id: u64, user: Option<&str>| {
@@ -402,7 +425,7 @@ mod tests {
         // begins the next and ends it
         let next = |scheduler: &mut Scheduler| {
             let mut store = FREE;
-            let started = scheduler.plan(&mut store).started;
+            let started = scheduler.plan(&mut store, usize::MAX).started;
             started.iter().for_each(|id| drop(scheduler.remove(*id)));
             started[0].0
         };
@@ -436,7 +459,7 @@ mod tests {
                 ..Sequence::new(SequenceId(id), vec![id as u32; 2])
             });
         }
-        let begun = scheduler.plan(&mut FREE.clone()).started;
+        let begun = scheduler.plan(&mut FREE.clone(), usize::MAX).started;
         assert_eq!(begun, [3, 1, 4, 2].map(SequenceId));
     }
 
@@ -474,17 +497,17 @@ mod tests {
             "10 + 1 and 10 + 64 fit in 100"
         );
         let mut store = PER_TOKEN;
-        let mut plan = scheduler.plan(&mut store);
+        let mut plan = scheduler.plan(&mut store, usize::MAX);
         while plan.preempted.is_empty() {
             let rows = plan.rows.iter();
             let sampled: Vec<_> = rows.map(|row| (row.sequence, vec![1])).collect();
             scheduler.commit(&plan, &sampled);
-            plan = scheduler.plan(&mut store);
+            plan = scheduler.plan(&mut store, usize::MAX);
         }
         assert_eq!(plan.preempted, [SequenceId(2)]);
         assert_eq!(scheduler.waiting_count(), 1);
         scheduler.remove(SequenceId(1));
-        let again = scheduler.plan(&mut store);
+        let again = scheduler.plan(&mut store, usize::MAX);
         assert_eq!(again.started, [SequenceId(2)]);
         assert_eq!(
             again.rows[0].tokens.start, 0,
@@ -510,7 +533,7 @@ mod tests {
                     5 => scheduler.resume(SequenceId(rng.random_range(1..next + 2))),
                     _ => {}
                 }
-                let plan = scheduler.plan(&mut PER_TOKEN.clone());
+                let plan = scheduler.plan(&mut PER_TOKEN.clone(), usize::MAX);
                 let (_, reading) = plan.token_counts();
                 assert!(
                     reading <= 16 + scheduler.running_count(),

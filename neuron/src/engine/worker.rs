@@ -4,6 +4,7 @@ use super::admission::Ticket;
 use super::drafts::Drafter;
 use super::guide::Guide;
 use super::metrics::ModelMetrics;
+use super::pace::Pace;
 use super::plan::Plan;
 use super::request::{EngineError, Finish, Request, Sink};
 use super::runner::{Drafting, Logits, ModelRunner};
@@ -27,6 +28,7 @@ pub(super) struct Worker {
     metrics: ModelMetrics,
     inbox: Receiver<Command>,
     scheduler: Scheduler,
+    pace: Pace,
     runner: ModelRunner,
     lives: HashMap<SequenceId, Life>,
     mode: Mode,
@@ -89,6 +91,7 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
+            pace: Pace::default(),
             runner: ModelRunner::new(model, config.bounds, config.snapshot_bytes, metrics.clone()),
             lives: HashMap::new(),
             mode: Mode::Serving,
@@ -143,8 +146,9 @@ impl Worker {
         let sampled = self.sample(&plan, &mut logits);
         self.keep_rows(&plan, &sampled);
         let (decode, prefill) = plan.token_counts();
-        self.metrics
-            .step(decode, prefill, began.elapsed().as_secs_f64());
+        let seconds = began.elapsed().as_secs_f64();
+        self.metrics.step(decode, prefill, seconds);
+        self.pace.learn(decode, prefill, seconds);
         self.scheduler.commit(&plan, &sampled);
         self.draft(&plan, &sampled)?;
         for row in plan.rows.iter().filter(|row| row.save) {
@@ -222,7 +226,7 @@ impl Worker {
     }
 
     fn plan(&mut self) -> Plan {
-        let plan = self.scheduler.plan(&mut self.runner);
+        let plan = self.scheduler.plan(&mut self.runner, self.pace.beside());
         for id in &plan.preempted {
             self.runner.forget(*id);
             self.metrics.preemptions.inc();
