@@ -17,6 +17,7 @@ pub mod cors;
 pub mod decode;
 pub mod estimate;
 pub mod exchange;
+pub mod foreign;
 pub mod keep_alive;
 pub mod metrics;
 mod query;

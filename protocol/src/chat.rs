@@ -151,6 +151,9 @@ pub struct Message {
     /// The thinking that led to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// The same thinking in its blocks, where `reasoning_content` cannot say all that was in them; an extension.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thinking_blocks: Option<Vec<ThinkingBlock>>,
     /// Calls the assistant made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_calls: Option<Vec<ToolCall>>,
@@ -160,6 +163,24 @@ pub struct Message {
     /// Name of the speaker or tool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+}
+
+/// One block of thinking as Anthropic's API has it, in the form in which other gateways hand it on. Whoever reads it may
+/// find other kinds, and fields that are null.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThinkingBlock {
+    /// `thinking` or `redacted_thinking`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The text of a `thinking` block.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thinking: Option<String>,
+    /// By which its vendor knows a `thinking` block again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
+    /// What a `redacted_thinking` block holds, readable to its vendor alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
 }
 
 /// Content as a string or as parts.

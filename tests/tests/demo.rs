@@ -195,3 +195,36 @@ async fn a_later_turn_knows_the_earlier_ones_and_does_not_compute_them_again() {
     }
     assert!(cached[2] > 0, "{cached:?}");
 }
+
+#[tokio::test]
+async fn what_the_model_can_do_is_said_in_the_words_of_each_api() {
+    let (_neuron, cortex) = served().await;
+    let url = format!("{}/v1/models/demo", cortex.api);
+    let openai = cortex.client.get(&url).send().await.unwrap();
+    let openai: Value = openai.json().await.unwrap();
+    let anthropic = cortex.client.get(&url).header("anthropic-version", "1");
+    let anthropic: Value = anthropic.send().await.unwrap().json().await.unwrap();
+    for (here, there) in [
+        ("thinking", "thinking"),
+        ("structured_outputs", "structured_outputs"),
+    ] {
+        let said = openai["capabilities"].as_array().unwrap();
+        assert!(said.contains(&here.into()), "{openai}");
+        let supported = &anthropic["capabilities"][there]["supported"];
+        assert_eq!(*supported, Value::Bool(true), "{there}: {anthropic}");
+    }
+}
+
+#[tokio::test]
+async fn instructions_and_a_developers_words_go_together_at_any_place() {
+    let (_neuron, cortex) = served().await;
+    let words = json!({"role": "developer", "content": "Be brief."});
+    let question = json!({"role": "user", "content": "Hello!"});
+    let more = json!({"instructions": "Be kind.", "max_output_tokens": 5,
+        "input": [words, question, words, question]});
+    let answer = ask(&cortex, "/v1/responses", more).await;
+    assert!(answer["usage"]["output_tokens"].as_u64().unwrap() > 0);
+    let more =
+        json!({"system": "Be kind.", "max_tokens": 5, "messages": [question, words, question]});
+    ask(&cortex, "/v1/messages", more).await;
+}

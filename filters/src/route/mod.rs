@@ -27,6 +27,8 @@ pub struct Access {
     pub prefix: String,
     /// The value of the `authorization` header, where one is needed.
     pub authorization: Option<Secret>,
+    /// Whether it is a server of others, which knows no extension of ours.
+    pub foreign: bool,
 }
 
 /// Text that is not to be logged.

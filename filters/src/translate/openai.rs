@@ -21,7 +21,7 @@ const CHAT: &[Field] = &[
     Field::new(
         "messages",
         Honoured(
-            "roles system, developer, user, assistant, tool; content null, a string or text parts",
+            "roles system, developer (both at any place), user, assistant, tool; content null, a string or text parts",
         ),
         r#"{"messages":[{"role":"user","content":[{"type":"text","text":"x"}]},{"role":"assistant","content":null,"tool_calls":[{"id":"c","type":"function","function":{"name":"t","arguments":"{}"}}]},{"role":"tool","tool_call_id":"c","content":"y"}]}"#,
     ),
@@ -29,6 +29,20 @@ const CHAT: &[Field] = &[
         "messages[].content",
         Refused("other parts than text: images, sounds and files are not read yet"),
         r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,AA=="}}]}]}"#,
+    ),
+    Field::new(
+        "messages[].reasoning_content",
+        Honoured(
+            "an extension: the thinking of an earlier turn, as far as the model's template shows it",
+        ),
+        r#"{"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y","reasoning_content":"z"},{"role":"user","content":"x"}]}"#,
+    ),
+    Field::new(
+        "messages[].thinking_blocks",
+        Accepted(
+            "an extension: signatures and encrypted thinking say nothing to the models here, which read `reasoning_content`",
+        ),
+        r#"{"messages":[{"role":"user","content":"x"},{"role":"assistant","content":"y","thinking_blocks":[{"type":"thinking","thinking":"z","signature":null},{"type":"redacted_thinking","data":"d"}]},{"role":"user","content":"x"}]}"#,
     ),
     Field::new("max_tokens", Honoured(""), r#"{"max_tokens":2}"#),
     Field::new(

@@ -100,13 +100,13 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], lists: &[&[Field]]) -> Re
 
 /// Which message is at fault, and what in it.
 fn fault_in_messages(name: &str, value: &Value) -> Option<ApiError> {
-    use protocol::chat::{Content, Message, ToolCall};
+    use protocol::chat::{Content, Message, ThinkingBlock, ToolCall};
     let messages = value.as_array().filter(|_| name == "messages")?;
     let (index, message) = messages
         .iter()
         .enumerate()
         .find(|(_, message)| !is::<Message>(message))?;
-    let parts: [Field; 4] = [
+    let parts: [Field; 5] = [
         ("role", is::<String>, "a string"),
         (
             "content",
@@ -114,6 +114,11 @@ fn fault_in_messages(name: &str, value: &Value) -> Option<ApiError> {
             "a string or a list of parts of type `text` or `image_url`",
         ),
         ("reasoning_content", is::<Option<String>>, "a string"),
+        (
+            "thinking_blocks",
+            is::<Option<Vec<ThinkingBlock>>>,
+            "a list of blocks with `type`",
+        ),
         (
             "tool_calls",
             is::<Option<Vec<ToolCall>>>,

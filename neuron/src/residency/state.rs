@@ -13,7 +13,7 @@ const CAPABILITIES: [&str; 6] = [
     "completions",
     "tools",
     "thinking",
-    "structured_output",
+    "structured_outputs",
     "logprobs",
 ];
 

@@ -482,6 +482,18 @@ mod tests {
     }
 
     #[test]
+    fn tensors_of_unknown_kinds_that_claim_to_be_vast_are_counted_without_a_fault() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let tensors = [entry("a", &[1 << 63], 99, 0), entry("b", &[1 << 63], 99, 0)];
+        let mut bytes = file(2, 0, &tensors.concat());
+        bytes.resize(256, 0);
+        std::fs::write(&path, bytes).unwrap();
+        let (files, numbers) = crate::weights::gguf_files(&path).unwrap();
+        assert_eq!((files.len(), numbers), (1, u64::MAX));
+    }
+
+    #[test]
     fn every_cut_of_a_file_is_refused() {
         let mut bytes = text("name");
         bytes.extend(TEXT.to_le_bytes());

@@ -422,7 +422,7 @@ fn nodes(
                     weight: neuron.weight,
                     all_addresses: neuron.all_addresses,
                     kind,
-                    access: Arc::new(Access { prefix, authorization }),
+                    access: Arc::new(Access { prefix, authorization, foreign }),
                 });
             }
             None => checker.fault(format!(

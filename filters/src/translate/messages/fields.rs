@@ -350,12 +350,12 @@ const ROWS: &[Field] = &[
     ),
     Field::new(
         "thinking.signature (in history)",
-        Accepted("nothing is signed here, so nothing is checked"),
+        Becomes("messages[].thinking_blocks"),
         r#"{"messages":[{"role":"assistant","content":[{"type":"thinking","thinking":"x","signature":"s"}]},{"role":"user","content":"x"}]}"#,
     ),
     Field::new(
         "redacted_thinking.data",
-        Accepted("only its vendor's models can read it"),
+        Becomes("messages[].thinking_blocks"),
         r#"{"messages":[{"role":"assistant","content":[{"type":"redacted_thinking","data":"x"}]},{"role":"user","content":"x"}]}"#,
     ),
     Field::new(

@@ -17,10 +17,13 @@ mod fields;
 mod models;
 mod reply;
 mod request;
+mod shown;
 pub mod wire;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod transcripts;
 
 pub use fields::rows;
 

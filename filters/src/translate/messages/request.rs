@@ -1,6 +1,7 @@
 //! Messages request → chat request.
 
 use super::fields;
+use super::shown::{self, Form};
 use super::wire::{
     Block, Blocks, InputMessage, InputTool, MessagesRequest, OutputConfig, OutputFormat, Source,
     Text, TextOr, Thinking, ToolChoice,
@@ -8,7 +9,7 @@ use super::wire::{
 use protocol::ApiError;
 use protocol::chat::{
     ChatRequest, Content, FunctionCall, FunctionDefinition, ImageUrl, Message, Part, StopStrings,
-    StreamOptions, Tool, ToolCall,
+    StreamOptions, ThinkingBlock, Tool, ToolCall,
 };
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -154,60 +155,160 @@ fn add_turn(messages: &mut Vec<Message>, turn: InputMessage<'_>, at: &str) -> Re
 }
 
 fn add_user(messages: &mut Vec<Message>, blocks: Vec<Block<'_>>, at: &str) -> Result<(), ApiError> {
-    let mut parts = Vec::new();
-    // a tool message has only text; images of results follow behind the last of them, as the user's
-    let mut images = Vec::new();
+    let mut pieces: Vec<Piece> = Vec::new();
     for (index, block) in blocks.into_iter().enumerate() {
         let at = format!("{at}.content.{index}");
         if block.kind.as_str() == "tool_result" {
-            flush(messages, &mut parts);
-            messages.push(tool_result(block, &at, &mut images)?);
+            pieces.push(tool_result(block, &at)?);
         } else {
-            parts.append(&mut images);
-            add_part(block, &at, &mut parts)?;
+            match pieces.last_mut() {
+                Some(Piece::Own(parts)) => add_part(block, &at, parts)?,
+                _ => {
+                    let mut parts = Vec::new();
+                    add_part(block, &at, &mut parts)?;
+                    pieces.push(Piece::Own(parts));
+                }
+            }
         }
     }
-    parts.append(&mut images);
-    flush(messages, &mut parts);
+    messages.extend(with_images_moved(pieces).into_iter().map(Piece::message));
     Ok(())
 }
 
-fn flush(messages: &mut Vec<Message>, parts: &mut Vec<Part>) {
-    match std::mem::take(parts) {
-        parts if parts.is_empty() => {}
-        parts => messages.push(message("user", Some(Content::Parts(parts)))),
+/// What a user's turn falls into: results, each of which is a message of its own, and what stands between them.
+enum Piece {
+    Own(Vec<Part>),
+    Result {
+        call: String,
+        failed: bool,
+        parts: Vec<Part>,
+    },
+}
+
+impl Piece {
+    fn parts(&self) -> &[Part] {
+        match self {
+            Self::Own(parts) | Self::Result { parts, .. } => parts,
+        }
+    }
+
+    fn message(self) -> Message {
+        match self {
+            Self::Own(parts) => message("user", Some(Content::Parts(parts))),
+            Self::Result {
+                call,
+                failed,
+                mut parts,
+            } => {
+                if failed {
+                    // chat has no flag for it, and the model must know
+                    let form = match parts.len() {
+                        0 | 1 => Form::Whole,
+                        _ => Form::Blocks,
+                    };
+                    parts = shown::ERROR.show(&[], parts, form);
+                }
+                let content = text_content(parts).unwrap_or_else(|| Content::Text(String::new()));
+                Message {
+                    tool_call_id: Some(call),
+                    ..message("tool", Some(content))
+                }
+            }
+        }
     }
 }
 
+/// A tool message has only text: images of results follow behind the last of them, as the user's. A number tells where
+/// each of them stood.
+fn with_images_moved(pieces: Vec<Piece>) -> Vec<Piece> {
+    let is_image = |part: &Part| matches!(part, Part::ImageUrl { .. });
+    let of_result = |piece: &Piece| matches!(piece, Piece::Result { .. });
+    let shows = |piece: &Piece| of_result(piece) && piece.parts().iter().any(is_image);
+    if !pieces.iter().any(shows) {
+        return pieces;
+    }
+    let all = pieces.iter().flat_map(|piece| shown::texts(piece.parts()));
+    let tags = shown::IMAGE.tags(all.collect());
+    let mut count = 0;
+    let mut place = || {
+        count += 1;
+        let name = shown::IMAGE.name;
+        format!("{}{count}{}", tags.open(name), tags.close(name))
+    };
+    let mut moved = Vec::new(); // images with their numbers, before a piece of the user's own
+    let mut all = Vec::with_capacity(pieces.len() + 1);
+    for mut piece in pieces {
+        match &mut piece {
+            Piece::Own(parts) => drop(parts.splice(..0, moved.drain(..))),
+            Piece::Result { parts, .. } => {
+                for part in parts.iter_mut().filter(|part| is_image(part)) {
+                    let place = place();
+                    let image = std::mem::replace(part, shown::text(place.clone()));
+                    moved.extend([shown::text(place), image]);
+                }
+            }
+        }
+        all.push(piece);
+    }
+    all.extend((!moved.is_empty()).then_some(Piece::Own(moved)));
+    all
+}
+
 fn assistant(blocks: Vec<Block<'_>>, at: &str) -> Result<Message, ApiError> {
-    let (mut texts, mut thinking, mut calls) = (Vec::new(), String::new(), Vec::new());
+    let (mut texts, mut thinking, mut calls) = (Vec::new(), Vec::new(), Vec::new());
     for (index, block) in blocks.into_iter().enumerate() {
         let at = format!("{at}.content.{index}");
         match block.kind.as_str() {
-            "text" => texts.push(need(block.text, &at, "text")?.into_owned()),
-            "thinking" => thinking += need(block.thinking, &at, "thinking")?.as_str(),
-            // encrypted for its vendor's own models: nothing here can read it, so nothing is lost without it
-            "redacted_thinking" => {}
+            "text" => texts.push(shown::text(need(block.text, &at, "text")?.into_owned())),
+            "thinking" => thinking.push(ThinkingBlock {
+                kind: "thinking".into(),
+                thinking: Some(need(block.thinking, &at, "thinking")?.into_owned()),
+                signature: Some(block.signature.map(Text::into_owned).unwrap_or_default()),
+                data: None,
+            }),
+            // encrypted for its vendor's own models: no model here can read it, but it stays in its place
+            "redacted_thinking" => thinking.push(ThinkingBlock {
+                kind: "redacted_thinking".into(),
+                data: Some(need(block.data, &at, "data")?.into_owned()),
+                ..ThinkingBlock::default()
+            }),
             "tool_use" => calls.push(call(block, &at)?),
             kind => return Err(unsupported(kind, &at)),
         }
     }
+    let (reasoning_content, thinking_blocks) = thought(thinking);
     Ok(Message {
-        reasoning_content: (!thinking.is_empty()).then_some(thinking),
+        reasoning_content,
+        thinking_blocks,
         tool_calls: (!calls.is_empty()).then_some(calls),
         ..message("assistant", text_content(texts))
     })
 }
 
+/// Thinking as one text, and in its blocks where the text does not say all that is in them.
+fn thought(mut blocks: Vec<ThinkingBlock>) -> (Option<String>, Option<Vec<ThinkingBlock>>) {
+    if let [block] = &mut blocks[..]
+        && block.signature.as_deref() == Some("")
+        && block.thinking.as_deref() != Some("")
+    {
+        return (block.thinking.take(), None);
+    }
+    let text: String = blocks
+        .iter()
+        .filter_map(|block| block.thinking.as_deref())
+        .collect();
+    let text = (!text.is_empty()).then_some(text);
+    (text, (!blocks.is_empty()).then_some(blocks))
+}
+
 /// One text as it is; several stay apart, as parts.
-fn text_content(mut texts: Vec<String>) -> Option<Content> {
-    match texts.len() {
-        0 => None,
-        1 => texts.pop().map(Content::Text),
-        _ => {
-            let parts = texts.into_iter().map(|text| Part::Text { text });
-            Some(Content::Parts(parts.collect()))
-        }
+fn text_content(mut parts: Vec<Part>) -> Option<Content> {
+    if parts.len() > 1 {
+        return Some(Content::Parts(parts));
+    }
+    match parts.pop()? {
+        Part::Text { text } => Some(Content::Text(text)),
+        image => Some(Content::Parts(vec![image])),
     }
 }
 
@@ -257,41 +358,23 @@ fn compact(json: &str) -> String {
     text
 }
 
-/// A result is a message of its own; its images are appended to `images`.
-fn tool_result(block: Block<'_>, at: &str, images: &mut Vec<Part>) -> Result<Message, ApiError> {
-    let mut texts = Vec::new();
+fn tool_result(block: Block<'_>, at: &str) -> Result<Piece, ApiError> {
+    let mut parts = Vec::new();
     match block.content {
         None => {}
-        Some(TextOr::Text(text)) => texts.push(text.into_owned()),
+        Some(TextOr::Text(text)) => parts.push(shown::text(text.into_owned())),
         Some(TextOr::Other(blocks)) => {
-            let mut parts = Vec::new();
             for (index, block) in blocks.into_iter().enumerate() {
                 add_part(block, &format!("{at}.content.{index}"), &mut parts)?;
             }
-            for part in parts {
-                match part {
-                    Part::Text { text } => texts.push(text),
-                    image => images.push(image),
-                }
-            }
         }
     }
-    if block.is_error == Some(true) {
-        // chat has no flag for it, and the model must know
-        match texts.first_mut() {
-            Some(first) => first.insert_str(0, ERROR),
-            None => texts.push(ERROR.trim_end().into()),
-        }
-    }
-    let content = text_content(texts).unwrap_or_else(|| Content::Text(String::new()));
-    Ok(Message {
-        tool_call_id: Some(need(block.tool_use_id, at, "tool_use_id")?.into_owned()),
-        ..message("tool", Some(content))
+    Ok(Piece::Result {
+        call: need(block.tool_use_id, at, "tool_use_id")?.into_owned(),
+        failed: block.is_error == Some(true),
+        parts,
     })
 }
-
-/// How a tool's failure is told to the model.
-const ERROR: &str = "Error: ";
 
 /// What a user shows: text, images, and what can be written as text.
 fn add_part(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
@@ -335,68 +418,72 @@ fn image(source: Source<'_>, at: &str) -> Result<Part, ApiError> {
     })
 }
 
-/// Chat has no documents: one is shown as text between tags, with its images where they stand in it.
+/// Chat has no documents: one is shown as text, with its images where they stand in it.
 fn add_document(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
     refuse_citations(block.citations, at)?;
     let Some(TextOr::Other(source)) = block.source else {
         return Err(missing(format!("{at}.source")));
     };
     let at = format!("{at}.source");
-    let mut open = String::from("<document>\n");
-    tag(&mut open, "title", block.title.as_ref());
-    tag(&mut open, "context", block.context.as_ref());
-    match (source.kind.as_str(), source.content) {
+    let (content, form) = match (source.kind.as_str(), source.content) {
         ("text", _) => {
-            open += need(source.data, &at, "data")?.as_str();
+            let text = need(source.data, &at, "data")?;
+            (vec![shown::text(text.into_owned())], Form::Whole)
         }
-        ("content", Some(TextOr::Text(text))) => open += text.as_str(),
+        ("content", Some(TextOr::Text(text))) => {
+            (vec![shown::text(text.into_owned())], Form::Blocks)
+        }
         ("content", Some(TextOr::Other(blocks))) => {
+            let mut content = Vec::with_capacity(blocks.len());
             for (index, block) in blocks.into_iter().enumerate() {
                 let at = format!("{at}.content.{index}");
                 match block.kind.as_str() {
-                    "text" => open += need(block.text, &at, "text")?.as_str(),
-                    "image" => {
-                        let text = std::mem::take(&mut open);
-                        parts.extend((!text.is_empty()).then_some(Part::Text { text }));
-                        add_part(block, &at, parts)?;
-                    }
+                    "text" | "image" => add_part(block, &at, &mut content)?,
                     kind => return Err(unsupported(kind, &at)),
                 }
             }
+            (content, Form::Blocks)
         }
         ("content", None) => return Err(missing(format!("{at}.content"))),
         ("base64" | "url", _) => {
             return Err(refused(at, "PDFs cannot be read here; send their text"));
         }
         (kind, _) => return Err(not_stored(kind, &at)),
-    }
-    open += "\n</document>";
-    parts.push(Part::Text { text: open });
+    };
+    let fields = [&block.title, &block.context].map(|text| text.as_ref().map(Text::as_str));
+    parts.extend(shown::DOCUMENT.show(&fields, content, form));
     Ok(())
 }
 
 fn add_search_result(block: Block<'_>, at: &str, parts: &mut Vec<Part>) -> Result<(), ApiError> {
     refuse_citations(block.citations, at)?;
-    let mut text = String::from("<search_result>\n");
-    tag(&mut text, "title", block.title.as_ref());
-    match &block.source {
-        Some(TextOr::Text(source)) => tag(&mut text, "source", Some(source)),
-        _ => return Err(missing(format!("{at}.source"))),
-    }
-    if let Some(content) = block.content {
-        text += &text_of(content, &format!("{at}.content"))?;
-    }
-    text += "\n</search_result>";
-    parts.push(Part::Text { text });
-    Ok(())
-}
-
-fn tag(out: &mut String, name: &str, text: Option<&Text<'_>>) {
-    if let Some(text) = text {
-        for piece in ["<", name, ">", text.as_str(), "</", name, ">\n"] {
-            out.push_str(piece);
+    let Some(TextOr::Text(source)) = &block.source else {
+        return Err(missing(format!("{at}.source")));
+    };
+    let mut content = Vec::new();
+    match block.content {
+        None => {}
+        Some(TextOr::Text(text)) => content.push(shown::text(text.into_owned())),
+        Some(TextOr::Other(blocks)) => {
+            for (index, block) in blocks.into_iter().enumerate() {
+                let at = format!("{at}.content.{index}");
+                match block.kind.as_str() {
+                    "text" => add_part(block, &at, &mut content)?,
+                    kind => return Err(unsupported(kind, &at)),
+                }
+            }
         }
     }
+    let form = match content.len() {
+        0 | 1 => Form::Whole,
+        _ => Form::Blocks,
+    };
+    let fields = [
+        block.title.as_ref().map(Text::as_str),
+        Some(source.as_str()),
+    ];
+    parts.extend(shown::SEARCH_RESULT.show(&fields, content, form));
+    Ok(())
 }
 
 fn refuse_citations(citations: Option<&RawValue>, at: &str) -> Result<(), ApiError> {

@@ -1,4 +1,4 @@
-//! The tables held true, transcripts there and back, and streams of every shape.
+//! The tables held true, and streams of every shape.
 
 use super::accumulate::{Said, accumulate};
 use super::{Messages, rows};
@@ -7,14 +7,14 @@ use crate::translate::{Answer, Dialect, Translated, Translation, Translator};
 use crate::{Body, Exchange};
 use bytes::Bytes;
 use futures::StreamExt;
-use protocol::chat::{ChatChunk, ChatRequest, Content, Message, Part};
+use protocol::chat::{ChatChunk, ChatRequest};
 use protocol::{ApiError, ErrorKind};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
-fn to_chat(request: &Value) -> Result<ChatRequest, ApiError> {
+pub(super) fn to_chat(request: &Value) -> Result<ChatRequest, ApiError> {
     let exchange = Exchange::open(&http::Request::new(()).into_parts().0);
     let (chat, _) = Messages.request(request.to_string().as_bytes(), &exchange)?;
     Ok(chat)
@@ -25,7 +25,7 @@ fn translate(request: &Value) -> Result<Value, ApiError> {
     Ok(serde_json::to_value(chat).expect("it serialises"))
 }
 
-fn plain() -> Value {
+pub(super) fn plain() -> Value {
     json!({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]})
 }
 
@@ -157,79 +157,7 @@ fn a_nodes_refusal_names_the_field_as_the_caller_knows_it() {
     }
 }
 
-// === there and back
-
-/// Turns of a chat as the blocks that this API would show: what `request` did, undone.
-fn turns_of(messages: &[Message]) -> Vec<Value> {
-    let mut turns: Vec<Value> = Vec::new();
-    for message in messages {
-        let mut blocks = Vec::new();
-        if let Some(thinking) = &message.reasoning_content {
-            blocks.push(json!({"type": "thinking", "thinking": thinking, "signature": ""}));
-        }
-        if message.role == "tool" {
-            let texts = texts_of(message.content.as_ref());
-            let failed = texts[0].starts_with("Error: ");
-            let content: Vec<Value> = texts
-                .iter()
-                .map(|text| json!({"type": "text", "text": text.trim_start_matches("Error: ")}))
-                .collect();
-            blocks.push(json!({
-                "type": "tool_result", "tool_use_id": message.tool_call_id,
-                "content": content, "is_error": failed,
-            }));
-        } else if let Some(Content::Parts(parts)) = &message.content {
-            blocks.extend(parts.iter().map(|part| match part {
-                Part::Text { text } => json!({"type": "text", "text": text}),
-                Part::ImageUrl { image_url } => {
-                    let data = image_url.url.strip_prefix("data:");
-                    let source = match data.and_then(|data| data.split_once(";base64,")) {
-                        Some((media_type, data)) => {
-                            json!({"type": "base64", "media_type": media_type, "data": data})
-                        }
-                        None => json!({"type": "url", "url": image_url.url}),
-                    };
-                    json!({"type": "image", "source": source})
-                }
-            }));
-        } else if let Some(Content::Text(text)) = &message.content {
-            blocks.push(json!({"type": "text", "text": text}));
-        }
-        for call in message.tool_calls.iter().flatten() {
-            let input: Value = serde_json::from_str(&call.function.arguments).expect("an object");
-            blocks.push(json!({
-                "type": "tool_use", "id": call.id, "name": call.function.name, "input": input,
-            }));
-        }
-        let role = if message.role == "tool" {
-            "user"
-        } else {
-            &message.role
-        };
-        match turns.last_mut().filter(|turn| turn["role"] == role) {
-            Some(turn) => turn["content"]
-                .as_array_mut()
-                .expect("a list")
-                .append(&mut blocks),
-            None => turns.push(json!({"role": role, "content": blocks})),
-        }
-    }
-    turns
-}
-
-fn texts_of(content: Option<&Content>) -> Vec<String> {
-    match content {
-        None => Vec::new(),
-        Some(Content::Text(text)) => vec![text.clone()],
-        Some(Content::Parts(parts)) => parts
-            .iter()
-            .map(|part| match part {
-                Part::Text { text } => text.clone(),
-                Part::ImageUrl { .. } => panic!("tool messages have only text"),
-            })
-            .collect(),
-    }
-}
+// === streams
 
 fn word(random: &mut StdRng) -> String {
     let words = [
@@ -244,77 +172,6 @@ fn word(random: &mut StdRng) -> String {
     ];
     (*words.choose(random).expect("some")).to_owned()
 }
-
-/// A conversation as this API's clients build it: questions, answers with thinking and calls, results.
-fn transcript(random: &mut StdRng) -> Vec<Value> {
-    let mut turns = Vec::new();
-    for _ in 0..random.random_range(1..4) {
-        let mut blocks = vec![json!({"type": "text", "text": word(random)})];
-        if random.random_bool(0.3) {
-            let sources = [
-                json!({"type": "url", "url": "https://x/y"}),
-                json!({"type": "base64", "media_type": "image/png", "data": "iVBORw=="}),
-            ];
-            blocks.push(json!({"type": "image", "source": sources.choose(random)}));
-            blocks.push(json!({"type": "text", "text": word(random)}));
-        }
-        turns.push(json!({"role": "user", "content": blocks}));
-        let mut blocks = Vec::new();
-        if random.random_bool(0.5) {
-            let thinking = format!("t{}", word(random));
-            blocks.push(json!({"type": "thinking", "thinking": thinking, "signature": ""}));
-        }
-        for _ in 0..random.random_range(1..3) {
-            blocks.push(json!({"type": "text", "text": word(random)}));
-        }
-        let calls = random.random_range(0..3);
-        for call in 0..calls {
-            let input = json!({"place": word(random), "n": random.random::<i64>()});
-            let id = format!("c{}-{call}", turns.len());
-            blocks.push(json!({"type": "tool_use", "id": id, "name": "look", "input": input}));
-        }
-        turns.push(json!({"role": "assistant", "content": blocks}));
-        if calls > 0 {
-            let mut results: Vec<Value> = (0..calls)
-                .map(|call| {
-                    let texts: Vec<Value> = (0..random.random_range(1..3))
-                        .map(|_| json!({"type": "text", "text": word(random)}))
-                        .collect();
-                    json!({
-                        "type": "tool_result", "tool_use_id": format!("c{}-{call}", turns.len() - 1),
-                        "content": texts, "is_error": random.random_bool(0.3),
-                    })
-                })
-                .collect();
-            if random.random_bool(0.3) {
-                results.push(json!({"type": "text", "text": word(random)})); // a word with the results
-            }
-            turns.push(json!({"role": "user", "content": results}));
-            turns
-                .push(json!({"role": "assistant", "content": [{"type": "text", "text": "Well."}]}));
-        }
-    }
-    turns.push(json!({"role": "user", "content": [{"type": "text", "text": "And?"}]}));
-    turns
-}
-
-#[test]
-fn a_transcript_keeps_every_block_there_and_back() {
-    for seed in 0..300 {
-        let mut random = StdRng::seed_from_u64(seed);
-        let turns = transcript(&mut random);
-        let mut request = plain();
-        request["messages"] = turns.clone().into();
-        let chat = to_chat(&request).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
-        assert_eq!(
-            Value::from(turns_of(&chat.messages)),
-            Value::from(turns),
-            "seed {seed}"
-        );
-    }
-}
-
-// === streams
 
 fn text_chunk(key: &str, text: &str) -> Value {
     json!({"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {key: text}}]})

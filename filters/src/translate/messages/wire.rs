@@ -176,6 +176,10 @@ pub struct Block<'a> {
     #[serde(borrow, default)]
     pub thinking: Option<Text<'a>>,
     #[serde(borrow, default)]
+    pub signature: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    pub data: Option<Text<'a>>,
+    #[serde(borrow, default)]
     pub toolset_name: Option<Text<'a>>,
     #[serde(borrow, default)]
     pub transformations: Option<&'a RawValue>,

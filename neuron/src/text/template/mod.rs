@@ -3,7 +3,7 @@
 mod functions;
 
 use minijinja::{Environment, Error};
-use protocol::chat::{Message, Tool};
+use protocol::chat::{Content, Message, Tool};
 use serde::Serialize;
 
 const NAME: &str = "chat_template";
@@ -79,11 +79,26 @@ impl ChatTemplate {
         })
     }
 
-    /// The prompt of `conversation`, ready for the model to answer.
+    /// The prompt of `conversation`, ready for the model to answer. Where the template refuses a system message that is
+    /// not the first, it gets the same words in an order that it takes.
     ///
     /// # Errors
     /// [`TemplateError::Refused`] with the template's own words, or one of the other two.
     pub fn render(&self, conversation: &Conversation<'_>) -> Result<String, TemplateError> {
+        let refused = match self.render_as_it_is(conversation) {
+            Err(error @ TemplateError::Refused(_)) => error,
+            rendered => return rendered,
+        };
+        match with_one_system_message(conversation.messages) {
+            None => Err(refused),
+            Some(messages) => self.render_as_it_is(&Conversation {
+                messages: &messages,
+                ..*conversation
+            }),
+        }
+    }
+
+    fn render_as_it_is(&self, conversation: &Conversation<'_>) -> Result<String, TemplateError> {
         let mut context = conversation.variables.clone();
         let mut set = |name: &str, value: serde_json::Value| {
             context.insert(name.to_owned(), value);
@@ -126,6 +141,35 @@ fn json(value: &impl Serialize) -> serde_json::Value {
     serde_json::to_value(value).expect("wire types always serialise")
 }
 
+/// The conversation with its system messages as every template takes them: those at its beginning in one, later ones
+/// said by the user at their place. `None` where there is none but the first.
+fn with_one_system_message(messages: &[Message]) -> Option<Vec<Message>> {
+    let is_system = |message: &Message| matches!(&*message.role, "system" | "developer");
+    if !messages.iter().skip(1).any(is_system) {
+        return None;
+    }
+    let first = messages.iter().take_while(|message| is_system(message));
+    let (leading, rest) = messages.split_at(first.count());
+    let mut all = Vec::with_capacity(messages.len());
+    if let [first, ..] = leading {
+        let texts: Vec<_> = leading
+            .iter()
+            .filter_map(|message| Some(message.content.as_ref()?.text()))
+            .collect();
+        all.push(Message {
+            content: Some(Content::Text(texts.join("\n\n"))),
+            ..first.clone()
+        });
+    }
+    all.extend(rest.iter().cloned().map(|mut message| {
+        if is_system(&message) {
+            message.role = "user".into();
+        }
+        message
+    }));
+    Some(all)
+}
+
 /// Messages as templates expect them: arguments of calls as objects, `developer` by its older name.
 fn messages(messages: &[Message]) -> Result<Vec<serde_json::Value>, TemplateError> {
     let mut rendered = Vec::with_capacity(messages.len());
@@ -133,6 +177,9 @@ fn messages(messages: &[Message]) -> Result<Vec<serde_json::Value>, TemplateErro
         let mut value = json(message);
         if message.role == "developer" {
             value["role"] = "system".into();
+        }
+        if let Some(fields) = value.as_object_mut() {
+            fields.shift_remove("thinking_blocks"); // what is signed or encrypted is no text for a model
         }
         for (call, given) in message.tool_calls.iter().flatten().enumerate() {
             let text = match given.function.arguments.trim() {
@@ -225,6 +272,55 @@ mod tests {
     }
 
     #[test]
+    fn system_messages_may_stand_anywhere() {
+        let prompt = render(json!({"messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+            {"role": "user", "content": "Hi"},
+            {"role": "system", "content": "Be loud."},
+            {"role": "user", "content": "Bye"},
+        ]}));
+        assert!(
+            prompt.starts_with(
+                "<|im_start|>system\nBe brief.\n\nBe kind.<|im_end|>\n\
+                 <|im_start|>user\nHi<|im_end|>\n<|im_start|>user\nBe loud.<|im_end|>\n\
+                 <|im_start|>user\nBye<|im_end|>\n"
+            ),
+            "{prompt}"
+        );
+        let takes_them = "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}";
+        let takes_them = ChatTemplate::compile(takes_them.into(), None, None).unwrap();
+        let messages =
+            json!([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]);
+        assert_eq!(
+            try_render(&takes_them, json!({"messages": messages})).unwrap(),
+            "ua;sb;",
+            "a template that takes them gets them as they are"
+        );
+    }
+
+    #[test]
+    fn a_template_is_not_shown_signed_or_encrypted_thinking() {
+        let all = "{{ messages | tojson }}".to_owned();
+        let template = ChatTemplate::compile(all, None, None).expect("compiles");
+        let messages: Vec<Message> = serde_json::from_value(json!([{
+            "role": "assistant", "reasoning_content": "hm",
+            "thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s"}],
+        }]))
+        .expect("messages");
+        let prompt = template.render(&Conversation {
+            messages: &messages,
+            tools: &[],
+            add_generation_prompt: false,
+            variables: &serde_json::Map::new(),
+        });
+        assert_eq!(
+            prompt.expect("renders"),
+            r#"[{"role": "assistant", "reasoning_content": "hm"}]"#
+        );
+    }
+
+    #[test]
     fn calls_and_results_are_written_in_the_models_form() {
         let prompt = render(json!({
             "messages": [
@@ -262,13 +358,18 @@ mod tests {
 
     #[test]
     fn a_refusal_has_the_templates_own_words() {
-        let late = json!({"messages": [
-            {"role": "user", "content": "Hi"}, {"role": "system", "content": "late"}]});
-        let error = try_render(&template(), late).unwrap_err();
-        assert!(
-            matches!(&error, TemplateError::Refused(words) if words == "a system message must come first"),
-            "{error:?}"
-        );
+        let picky = "{% for m in messages %}{{ raise_exception('no ' ~ m.role) }}{% endfor %}";
+        let picky = ChatTemplate::compile(picky.into(), None, None).unwrap();
+        for messages in [
+            json!([{"role": "user", "content": "Hi"}]),
+            json!([{"role": "user", "content": "Hi"}, {"role": "system", "content": "late"}]),
+        ] {
+            let error = try_render(&picky, json!({"messages": messages})).unwrap_err();
+            assert!(
+                matches!(&error, TemplateError::Refused(words) if words == "no user"),
+                "{error:?}"
+            );
+        }
         let broken = ChatTemplate::compile("{{ 1 + [] }}".into(), None, None).unwrap();
         let error = try_render(&broken, json!({"messages": []})).unwrap_err();
         assert!(matches!(error, TemplateError::Failed(_)), "{error:?}");
