@@ -27,19 +27,9 @@ pub async fn ending_of(cortex: &Cortex, body: &Value) -> String {
             .send()
             .await
             .map_err(|_| "unreachable")?;
-        let mut reply = reply;
         let status = reply.status().as_u16();
-        let mut text = String::new();
-        loop {
-            match reply.chunk().await {
-                Ok(Some(piece)) => text += &String::from_utf8_lossy(&piece),
-                Ok(None) => return Ok::<_, &str>((status, text)),
-                Err(why) => {
-                    eprintln!("CUT {why:?} {body} {:?} {text}", reply.headers());
-                    return Err("cut");
-                }
-            }
-        }
+        let text = reply.text().await.map_err(|_| "cut")?;
+        Ok::<_, &str>((status, text))
     };
     let ended = tokio::time::timeout(DEADLINE, exchange).await;
     let (status, text) = match ended.expect("every request ends within its deadline") {

@@ -179,11 +179,15 @@ async fn in_a_namespace() {
     until_answered_by(&cortex, "a").await;
     until_answered_by(&cortex, "b").await;
     let files = cortex.open_files();
-    let pull: [(&dyn Fn(), &dyn Fn()); 2] = [
-        (&|| a.far_end("down"), &|| a.far_end("up")),
-        (&|| a.disconnect(), &|| a.connect()),
-    ];
-    for (cut, heal) in pull {
+    for silently in [true, false] {
+        let cut = || match silently {
+            true => a.far_end("down"),
+            false => a.disconnect(),
+        };
+        let heal = || match silently {
+            true => a.far_end("up"),
+            false => a.connect(),
+        };
         let over = AtomicBool::new(false);
         let ask = |_| async {
             let mut endings = Vec::new();

@@ -1,4 +1,4 @@
-//! A day of a fleet in a few minutes: what hits, cold starts and decisions come to by policy of eviction and of routing.
+//! A day of a fleet in half a minute: what hits, cold starts and decisions come to by policy of eviction and of routing.
 //!
 //! `cargo test --workspace --bin cortex -- --ignored a_day --nocapture` prints them for 1,000 nodes and 10,000 models.
 //! Schedule, placement, eviction and the choice of a node are those of the daemon; time, nodes and requests are made up.
@@ -635,7 +635,7 @@ fn decisions_look_only_where_they_have_to() {
 }
 
 #[test]
-#[ignore = "takes ten minutes; `.ci/run --long` runs it"]
+#[ignore = "takes minutes; `.ci/run --long` runs it"]
 fn a_day_of_a_thousand_nodes() {
     let size = Size {
         nodes: 1000,

@@ -17,8 +17,9 @@ use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -124,15 +125,15 @@ fn run_until_empty(server: Server, app: &Arc<App>, open: Open) -> std::io::Resul
         app: app.clone(),
         open: open.clone(),
     };
-    let (done, over) = mpsc::channel();
-    let empty = done.clone();
+    let (says, hears) = mpsc::channel();
+    let ended = says.clone();
     let run = move || {
         server.run(RunArgs {
             shutdown_signal: Box::new(stop),
         });
-        let _ = done.send(()); // it may be over already
+        let _ = ended.send(End::Come); // it may have come already
     };
-    let wait = move || {
+    let watch = move || {
         loop {
             match phases.blocking_recv() {
                 Ok(ExecutionPhase::ShutdownGracePeriod) => break,
@@ -140,21 +141,32 @@ fn run_until_empty(server: Server, app: &Arc<App>, open: Open) -> std::io::Resul
                 Err(RecvError::Closed) => return,
             }
         }
-        thread::sleep(ARRIVING);
-        while open.count() > 0 {
-            thread::sleep(LOOK);
-        }
-        let _ = empty.send(());
+        let _ = says.send(End::Near);
     };
     let server = thread::Builder::new().name("server".into()).spawn(run)?;
     thread::Builder::new()
         .name("hand-over".into())
-        .spawn(wait)?;
-    if over.recv().is_err() {
+        .spawn(watch)?;
+    let mut end = hears.recv().map_err(|_| RecvTimeoutError::Disconnected);
+    if end == Ok(End::Near) {
+        end = hears.recv_timeout(ARRIVING);
+    }
+    while end == Err(RecvTimeoutError::Timeout) && open.count() > 0 {
+        end = hears.recv_timeout(LOOK);
+    }
+    if end == Err(RecvTimeoutError::Disconnected) {
         // both have gone without a word, which is a panic of the server's
         let Ok(()) = server.join().map_err(std::panic::resume_unwind);
     }
     Ok(())
+}
+
+/// How far the server is from its end.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// It takes nothing new any more.
+    Near,
+    Come,
 }
 
 /// What a TLS listener needs.
