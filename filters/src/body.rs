@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt};
 use protocol::{ApiError, ErrorKind};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 /// Bytes on their way to the client. Dropping it cancels whatever makes them.
 pub struct Body {
@@ -116,7 +116,30 @@ impl Stream for Body {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         match &mut self.inner {
             Inner::Whole(bytes) => Poll::Ready(bytes.take().filter(|b| !b.is_empty()).map(Ok)),
-            Inner::Stream(stream) => stream.as_mut().poll_next(cx),
+            Inner::Stream(stream) => {
+                let next = ready!(stream.as_mut().poll_next(cx));
+                if next.is_none() {
+                    self.inner = Inner::Whole(None); // whoever asks again is told the same
+                }
+                Poll::Ready(next)
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_that_has_ended_may_be_asked_again() {
+        let once = futures::stream::unfold(Some("all"), |piece| async move {
+            Some((Ok(Bytes::from_static(piece?.as_bytes())), None))
+        });
+        let mut body = Body::stream(once);
+        let piece = body.next().await.map(|piece| piece.expect("no failure"));
+        assert_eq!(piece, Some(Bytes::from_static(b"all")));
+        assert!(body.next().await.is_none());
+        assert!(body.next().await.is_none());
     }
 }

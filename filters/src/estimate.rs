@@ -131,7 +131,7 @@ fn count(chat: &ChatRequest) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::residency::{Lease, Leasing};
+    use crate::residency::{Lease, Leasing, Progress};
     use bytes::Bytes;
 
     struct Nodes {
@@ -148,6 +148,10 @@ mod tests {
                 candidates: Arc::from([]),
                 guard: Box::new(()),
             })
+        }
+
+        fn progress(&self, _: &str) -> Option<Progress> {
+            None
         }
     }
 

@@ -47,6 +47,10 @@ pub struct Target {
     pub model: Arc<str>,
     /// Whether the answer is to be a stream.
     pub stream: bool,
+    /// Models that may answer in its place, in their order.
+    others: Vec<Arc<str>>,
+    /// What took its place.
+    instead: OnceLock<Box<Target>>,
 }
 
 impl Exchange {
@@ -77,25 +81,53 @@ impl Exchange {
 
     /// Says which model is meant; `resolve` does, once.
     pub fn set_target(&self, model: Arc<str>, stream: bool) {
-        let _ = self.target.set(Target { model, stream });
+        self.set_targets(model, Vec::new(), stream);
+    }
+
+    /// The same where `others` may answer in its place, in their order.
+    pub fn set_targets(&self, model: Arc<str>, others: Vec<Arc<str>>, stream: bool) {
+        let _ = self.target.set(Target::new(model, others, stream));
+    }
+
+    /// Has the next of the models that may do so take the place of the one that is meant now. It has not been asked
+    /// anywhere yet.
+    pub fn fall_back(&self) -> Option<Arc<str>> {
+        let target = self.target()?;
+        let (next, others) = target.others.split_first()?;
+        let instead = Target::new(next.clone(), others.to_vec(), target.stream);
+        target.instead.set(Box::new(instead)).ok()?;
+        let mut nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        nodes.clear();
+        Some(next.clone())
     }
 
     /// What is asked for, once `resolve` has seen the body.
     #[must_use]
     pub fn target(&self) -> Option<&Target> {
-        self.target.get()
+        let mut target = self.target.get()?;
+        while let Some(instead) = target.instead.get() {
+            target = instead;
+        }
+        Some(target)
     }
 
     /// The model asked for; empty on paths that name none.
     #[must_use]
     pub fn model(&self) -> &str {
-        self.target.get().map_or("", |target| &target.model)
+        self.target().map_or("", |target| &target.model)
     }
 
     /// Whether the client waits for a stream.
     #[must_use]
     pub fn is_stream(&self) -> bool {
         self.target.get().is_some_and(|target| target.stream)
+    }
+
+    /// Whether another model may answer in place of the one that is meant now.
+    #[must_use]
+    pub fn may_fall_back(&self) -> bool {
+        self.target()
+            .is_some_and(|target| !target.others.is_empty())
     }
 
     /// Notes that the client wants to be told of usage at the end of its stream.
@@ -181,6 +213,17 @@ impl Exchange {
     #[must_use]
     pub fn answer(&self) -> Option<&Answer> {
         self.answer.get()
+    }
+}
+
+impl Target {
+    fn new(model: Arc<str>, others: Vec<Arc<str>>, stream: bool) -> Self {
+        Self {
+            model,
+            stream,
+            others,
+            instead: OnceLock::new(),
+        }
     }
 }
 

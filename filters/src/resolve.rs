@@ -91,10 +91,26 @@ impl Route {
     }
 }
 
+/// What a name stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The model.
+    pub id: Arc<str>,
+    /// Models that may answer in its place when it cannot, in their order.
+    pub others: Vec<Arc<str>>,
+}
+
+impl From<Arc<str>> for Named {
+    fn from(id: Arc<str>) -> Self {
+        let others = Vec::new();
+        Self { id, others }
+    }
+}
+
 /// What models there are; the fleet's state stays behind this trait.
 pub trait Catalogue: Send + Sync + 'static {
-    /// The id that `name` stands for: itself, or what the alias points to. `None` if nothing does.
-    fn resolve(&self, name: &str) -> Option<Arc<str>>;
+    /// What `name` stands for: itself, or what the alias points to. `None` if there is nothing of that name.
+    fn resolve(&self, name: &str) -> Option<Named>;
 
     /// Every model a client may ask for.
     fn cards(&self) -> Vec<ModelCard>;
@@ -228,11 +244,11 @@ impl<S> Resolve<S> {
         let id = query::decode(id);
         let resolved = self.catalogue.resolve(&id);
         resolved
-            .and_then(|id| {
+            .and_then(|named| {
                 self.catalogue
                     .cards()
                     .into_iter()
-                    .find(|card| *card.id == *id)
+                    .find(|card| *card.id == *named.id)
             })
             .ok_or_else(|| ApiError::model_not_found(&id))
     }
@@ -248,14 +264,13 @@ impl<S> Resolve<S> {
             .model
             .filter(|name| !name.is_empty())
             .ok_or_else(|| ApiError::invalid("model", "`model` is missing"))?;
-        let id = self
+        let Named { id, others } = self
             .catalogue
             .resolve(&name)
             .ok_or_else(|| ApiError::model_not_found(&name))?;
         let renamed = *name != *id;
-        request
-            .exchange
-            .set_target(id.clone(), head.stream.unwrap_or(false));
+        let stream = head.stream.unwrap_or(false);
+        request.exchange.set_targets(id.clone(), others, stream);
         if renamed {
             request.body = splice_model(&request.body, &id)?;
         }
@@ -271,7 +286,7 @@ fn bad_json(error: &serde_json::Error) -> String {
 }
 
 /// The body with `id` as its model and every other byte as it was.
-fn splice_model(body: &Bytes, id: &str) -> Result<Bytes, ApiError> {
+pub(crate) fn splice_model(body: &Bytes, id: &str) -> Result<Bytes, ApiError> {
     #[derive(Deserialize)]
     struct ModelOnly<'a> {
         #[serde(borrow)]
@@ -314,11 +329,9 @@ mod tests {
     struct Fixed;
 
     impl Catalogue for Fixed {
-        fn resolve(&self, name: &str) -> Option<Arc<str>> {
-            match name {
-                "a/big-model" | "fast" => Some("a/big-model".into()),
-                _ => None,
-            }
+        fn resolve(&self, name: &str) -> Option<Named> {
+            let id: Arc<str> = "a/big-model".into();
+            matches!(name, "a/big-model" | "fast").then(|| id.into())
         }
 
         fn cards(&self) -> Vec<ModelCard> {

@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::fleet::{Fleet, FleetView};
 use crate::lifecycle::Lifecycle;
-use filters::resolve;
+use filters::resolve::{self, Named};
 use protocol::models::ModelCard;
 use protocol::node::ModelState;
 use std::collections::{BTreeMap, HashMap};
@@ -46,26 +46,31 @@ impl Catalogue {
 }
 
 impl Catalogue {
-    /// The first of these models that is served or may still come; if none is, the first.
-    fn first_of(&self, models: &[Arc<str>]) -> Option<Arc<str>> {
+    /// The first of these models that is served or may still come, and those after it; if none is, all.
+    fn first_of(&self, models: &[Arc<str>]) -> Option<Named> {
         let view = self.fleet.view();
-        let had = |id: &&Arc<str>| view.served(id).is_some() || !self.lifecycle.is_hopeless(id);
-        models.iter().find(had).or(models.first()).cloned()
+        let had = |id: &Arc<str>| view.served(id).is_some() || !self.lifecycle.is_hopeless(id);
+        let first = models.iter().position(had).unwrap_or(0);
+        let (id, others) = models[first..].split_first()?;
+        Some(Named {
+            id: id.clone(),
+            others: others.to_vec(),
+        })
     }
 }
 
 impl resolve::Catalogue for Catalogue {
-    fn resolve(&self, name: &str) -> Option<Arc<str>> {
+    fn resolve(&self, name: &str) -> Option<Named> {
         if let Some(id) = self.aliases.get(name) {
-            return Some(id.clone());
+            return Some(id.clone().into());
         }
         if let Some(models) = self.config.fallbacks.get(name) {
             return self.first_of(models);
         }
         if let Some((id, _)) = self.config.models.get_key_value(name) {
-            return Some(id.clone());
+            return Some(id.clone().into());
         }
-        self.fleet.view().served_id(name)
+        self.fleet.view().served_id(name).map(Named::from)
     }
 
     fn cards(&self) -> Vec<ModelCard> {

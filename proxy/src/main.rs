@@ -19,6 +19,7 @@ use cli::{Cli, Command};
 use config::Config;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Requests come and go in buffers of 64 KiB, at which size the system's allocator tidies up on every release.
 /// Without huge pages (`no_thp`): with them a waiting stream keeps all of its buffers in memory, not only what it has written to.
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
             Err(code) => code,
         },
         Command::Plan(file) => match read(file.config.as_deref()) {
-            Ok(config) => report(plan(&config)),
+            Ok(config) => report(plan(&Arc::new(config))),
             Err(code) => code,
         },
         Command::Status(args) => report(status::run(&args)),
@@ -65,7 +66,7 @@ fn serve(file: Option<&Path>, upgrade: bool) -> ExitCode {
 }
 
 /// Asks the nodes once and prints what would be placed where.
-fn plan(config: &Config) -> std::io::Result<()> {
+fn plan(config: &Arc<Config>) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -67,11 +67,11 @@ pub(crate) fn build(
         .layer(ResolveLayer::new(catalogue)) // before anything that costs: no model, no work
         .layer(RememberLayer::new(responses, config.max_body)) // above translation: what it adds is translated like the rest
         .layer(TranslateLayer) // below it there are only chat and text completions
-        .layer(SamplingLayer::new(config.sampling.clone())) // below translation, so that it speaks one dialect
         .layer(AskUsageLayer) // below translation, which asks by itself; above retry, so that a body is changed once
-        .layer(KeepAliveLayer::new(timeouts.keep_alive)) // above all that waits, below translation, so that comments become pings
+        .layer(KeepAliveLayer::new(timeouts.keep_alive, residency.clone())) // above all that waits, below translation, so that comments become pings
         .layer(EstimateLayer::new(residency.clone())) // above residency, which would load a model just to count
         .layer(ResidencyLayer::new(residency)) // above retry: all attempts share one lease
+        .layer(SamplingLayer::new(config.sampling.clone())) // below residency, which has the last word on the model
         .layer(RetryLayer::new(config.retries, metrics.retry.clone())) // above route: each attempt chooses anew
         .layer(RouteLayer::new(
             config.policy.clone(),

@@ -60,8 +60,15 @@ impl Daemon {
     /// Starts `name` with `args`; its standard error is kept.
     #[must_use]
     pub fn start(name: &str, args: &[&str]) -> Self {
-        let mut child = Command::new(binary(name))
-            .args(args)
+        let mut command = Command::new(binary(name));
+        command.args(args);
+        Self::spawn(command)
+    }
+
+    /// Starts any program in the same way.
+    #[must_use]
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

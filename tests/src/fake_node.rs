@@ -5,6 +5,7 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use futures::StreamExt;
@@ -56,6 +57,18 @@ pub enum Loading {
     Fails(String),
 }
 
+/// How it answers a gateway that asks about the node itself and its models.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Manner {
+    Honest,
+    /// With more memory than there is.
+    Boasting(u64),
+    /// With what no node should say.
+    Babbling,
+    /// Not at all, until the gateway goes.
+    Mute,
+}
+
 /// A request as the node saw it.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -73,6 +86,8 @@ struct Shared {
     key: Option<Vec<u8>>,
     script: Script,
     loading: Loading,
+    /// How it answers what is asked about itself.
+    manner: Manner,
     seen: Vec<Seen>,
     /// Calls that change models, in order: `load a`, `unload a`.
     changes: Vec<String>,
@@ -114,6 +129,7 @@ impl FakeNode {
             key: None,
             script: Script::Answer,
             loading: Loading::Prompt,
+            manner: Manner::Honest,
             seen: Vec::new(),
             changes: Vec::new(),
             left: 0,
@@ -123,9 +139,10 @@ impl FakeNode {
         let router = Router::new()
             .route("/discovery", get(discovery))
             .route("/models", get(models))
-            .route("/v1/models", get(cards))
             .route("/models/load", post(load))
             .route("/models/unload", post(unload))
+            .layer(from_fn_with_state(shared.clone(), manners))
+            .route("/v1/models", get(cards))
             .route("/v1/chat/completions", post(exchange))
             .route("/v1/completions", post(exchange))
             .route("/tokenize", post(tokenize))
@@ -192,6 +209,11 @@ impl FakeNode {
     /// From now on models are loaded like this.
     pub fn loading(&self, loading: Loading) {
         self.with(|shared| shared.loading = loading);
+    }
+
+    /// From now on it speaks like this about itself.
+    pub fn manner(&self, manner: Manner) {
+        self.with(|shared| shared.manner = manner);
     }
 
     /// Ends the loads that were held.
@@ -262,17 +284,35 @@ fn status(id: &str, state: ModelState, bytes: u64) -> ModelStatus {
     }
 }
 
+/// Stands before all that a node says of itself.
+async fn manners(
+    State(shared): State<Arc<Mutex<Shared>>>,
+    request: axum::extract::Request,
+    next: Next,
+) -> Response {
+    let manner = shared.lock().unwrap().manner;
+    match manner {
+        Manner::Honest | Manner::Boasting(_) => next.run(request).await,
+        Manner::Babbling => "<html>".into_response(),
+        Manner::Mute => std::future::pending().await,
+    }
+}
+
 async fn discovery(State((shared, _)): State<Node>) -> Response {
     let shared = shared.lock().unwrap();
     let used: u64 = shared.models.values().map(|model| model.memory_bytes).sum();
+    let total = match shared.manner {
+        Manner::Boasting(total) => total,
+        _ => shared.total,
+    };
     let info = NodeInfo {
         host: shared.name.clone(),
         version: "fake".into(),
         devices: vec![DeviceInfo {
             id: "cpu".into(),
             name: "scripted".into(),
-            total_bytes: shared.total,
-            free_bytes: shared.total.saturating_sub(used),
+            total_bytes: total,
+            free_bytes: total.saturating_sub(used),
         }],
         features: vec!["cpu".into()],
     };
@@ -306,9 +346,15 @@ async fn load(State((shared, _)): State<Node>, body: Bytes) -> Response {
     shared.changes.push(format!("load {}", load.id));
     let bytes = shared.sizes.get(&load.id).copied().unwrap_or(100);
     let mut model = status(&load.id, ModelState::Loaded, bytes);
+    let used: u64 = shared.models.values().map(|model| model.memory_bytes).sum();
+    let lacks = used + bytes > shared.total; // whatever it says
     match &shared.loading {
+        Loading::Prompt if lacks => {
+            (model.state, model.memory_bytes) = (ModelState::Failed, 0);
+            model.reason = Some("out of memory".into());
+        }
         Loading::Prompt => {}
-        Loading::Held => model.state = ModelState::Loading,
+        Loading::Held => (model.state, model.progress) = (ModelState::Loading, 0.42),
         Loading::Fails(reason) => {
             (model.state, model.memory_bytes) = (ModelState::Failed, 0);
             model.reason = Some(reason.clone());

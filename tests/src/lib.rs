@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)] // test code: a broken expectation is a failed test
 
 pub mod daemon;
+pub mod endings;
 pub mod fake_node;
 pub mod golden;
 

@@ -72,6 +72,16 @@ fn packages_depend_in_one_direction() {
     }
 }
 
+/// Files that may look at the time of day.
+const TELLING_TIME: [&str; 6] = [
+    "proxy/src/app.rs",                          // whether a file has changed
+    "proxy/src/catalogue.rs",                    // `created` of models
+    "filters/src/translate/messages/models.rs",  // the same as a date
+    "filters/src/translate/responses/events.rs", // `created_at` of responses
+    "neuron/src/text/template/functions.rs",     // templates may ask for the date
+    "neuron/src/residency/state.rs",             // `since` of states
+];
+
 #[test]
 fn what_must_be_absent_is_absent() {
     assert_absent(
@@ -102,6 +112,14 @@ fn what_must_be_absent_is_absent() {
             naming("filters/src", &["env::var"], &[]),
         ]
         .concat(),
+    );
+    assert_absent(
+        "nothing is decided by the time of day, which may jump: it is only told, in answers and prompts, and of files it is \
+         only asked whether their time is another one",
+        ["filters/src", "proxy/src", "neuron/src", "protocol/src"]
+            .iter()
+            .flat_map(|folder| naming(folder, &["SystemTime", "UNIX_EPOCH"], &TELLING_TIME))
+            .collect(),
     );
     assert_absent(
         "model/ knows neither rank, file format nor quantisation",

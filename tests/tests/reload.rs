@@ -5,6 +5,7 @@
 use futures::future::join_all;
 use reqwest::StatusCode;
 use serde_json::json;
+use std::time::Duration;
 use tests::daemon::{Cortex, free_address, root};
 use tests::fake_node::{FakeNode, Script, words};
 use tests::until;
@@ -121,10 +122,35 @@ async fn a_file_that_changes_is_read_without_a_signal() {
 }
 
 #[tokio::test]
+async fn a_file_from_the_past_or_the_future_is_a_change_like_any_other() {
+    let (a, b) = (FakeNode::start("a").await, FakeNode::start("b").await);
+    let of = |name: &str, node: &FakeNode| {
+        format!("name = \"{name}\"\nendpoint = \"http://{}\"", node.address)
+    };
+    let (first, second) = (of("a", &a), of("b", &b));
+    let cortex = Cortex::start(&[("a", a.address)], "", "watch = \"50ms\"").await;
+    let [file, draft] = ["cortex.toml", "draft.toml"].map(|name| cortex.folder().join(name));
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains(&first));
+    let day = Duration::from_secs(86_400);
+    let past = std::time::UNIX_EPOCH + day;
+    let future = std::time::SystemTime::now() + 10_000 * day;
+    // written on machines whose clocks were far behind and far ahead, and put in place at once
+    for (name, node, time) in [("b", &second, past), ("a", &first, future)] {
+        std::fs::write(&draft, text.replace(&first, node)).unwrap();
+        let draft_file = std::fs::File::options().append(true).open(&draft);
+        draft_file.unwrap().set_modified(time).unwrap();
+        std::fs::rename(&draft, &file).unwrap();
+        cortex.sees(&[(name, "up")]).await;
+    }
+}
+
+#[tokio::test]
 async fn sigquit_hands_the_sockets_over_and_no_request_is_lost() {
     let node = FakeNode::start("a").await.holding("m", 100);
     node.script(Script::Stepped(words(&["a", "b"])));
-    let extra = "[timeouts]\ndrain = \"3s\"\n";
+    // the old one ends with its last request, not with this bound, which the test would not wait for
+    let extra = "[timeouts]\ndrain = \"10m\"\n";
     let mut cortex = Cortex::start(&[("a", node.address)], "", extra).await;
     let stream = json!({"model": "m", "stream": true, "messages": []});
     let (reply, ()) = futures::future::join(cortex.post("/v1/chat/completions", &stream), async {

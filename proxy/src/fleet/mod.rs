@@ -24,8 +24,8 @@ pub(crate) use usage::ModelUse;
 /// The fleet at one moment.
 #[derive(Debug, Default)]
 pub(crate) struct FleetView {
-    /// In the order of the configuration.
-    pub(crate) nodes: Vec<NodeView>,
+    /// In the order of the configuration. A node about which nothing is new is the same one as in the view before.
+    pub(crate) nodes: Vec<Arc<NodeView>>,
     /// Models that some node serves.
     served: HashMap<Arc<str>, Served>,
 }
@@ -83,6 +83,20 @@ impl NodeView {
     pub(crate) fn model(&self, id: &str) -> Option<&ModelStatus> {
         self.models.iter().find(|model| model.id == id)
     }
+
+    /// Whether nothing is new about it. Counts that it shares are not looked at.
+    fn is_as(&self, other: &Self) -> bool {
+        let endpoint = match (&self.endpoint, &other.endpoint) {
+            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
+            (own, other) => own.is_none() && other.is_none(),
+        };
+        endpoint
+            && self.health == other.health
+            && self.devices == other.devices
+            && self.version == other.version
+            && self.models == other.models
+            && self.foreign == other.foreign
+    }
 }
 
 impl Members {
@@ -122,6 +136,34 @@ impl Members {
         self.replicas
             .retain(|(name, _), _| !before.contains_key(name));
     }
+
+    /// Where each model is served.
+    fn served(&mut self, nodes: &[Arc<NodeView>]) -> HashMap<Arc<str>, Served> {
+        let mut candidates: HashMap<Arc<str>, Vec<Candidate>> = HashMap::new();
+        for node in nodes.iter().filter(|node| node.serves()) {
+            let Some(endpoint) = &node.endpoint else {
+                continue;
+            };
+            let loaded = |model: &&ModelStatus| model.state == ModelState::Loaded;
+            for model in node.models.iter().filter(loaded) {
+                let id: Arc<str> = model.id.as_str().into();
+                let key = (node.name.clone(), id.clone());
+                let candidate = Candidate {
+                    endpoint: endpoint.clone(),
+                    replica: self.replicas.entry(key).or_default().clone(),
+                    foreign: node.foreign,
+                    seen_as: seen_as(&node.name, &model.id, model.since),
+                };
+                candidates.entry(id).or_default().push(candidate);
+            }
+        }
+        let served = candidates.into_iter().map(|(id, candidates)| {
+            let usage = self.uses.entry(id.clone()).or_default().clone();
+            let candidates = candidates.into();
+            (id, Served { candidates, usage })
+        });
+        served.collect()
+    }
 }
 
 impl FleetView {
@@ -129,6 +171,7 @@ impl FleetView {
     #[cfg(test)]
     pub(crate) fn of(nodes: Vec<NodeView>) -> Self {
         let served = HashMap::new();
+        let nodes = nodes.into_iter().map(Arc::new).collect();
         Self { nodes, served }
     }
 
@@ -258,79 +301,42 @@ impl Fleet {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the view that requests see from now on.
+    /// Makes the view that requests see from now on, if anything is new.
     fn publish(&self) {
         let mut members = self.lock();
-        let nodes: Vec<NodeView> = members.nodes.iter().map(|node| node.view()).collect();
-        let mut served: HashMap<Arc<str>, Vec<Candidate>> = HashMap::new();
-        for node in nodes.iter().filter(|node| node.serves()) {
-            let Some(endpoint) = &node.endpoint else {
-                continue;
-            };
-            for model in node
-                .models
-                .iter()
-                .filter(|model| model.state == ModelState::Loaded)
-            {
-                let id = (node.name.clone(), Arc::from(model.id.as_str()));
-                let candidate = Candidate {
-                    endpoint: endpoint.clone(),
-                    replica: members.replicas.entry(id).or_default().clone(),
-                    foreign: node.foreign,
-                    seen_as: seen_as(&node.name, &model.id, model.since),
-                };
-                served
-                    .entry(model.id.as_str().into())
-                    .or_default()
-                    .push(candidate);
-            }
+        let nodes: Vec<Arc<NodeView>> = members.nodes.iter().map(|node| node.view()).collect();
+        self.count(&nodes);
+        let old = self.view.load();
+        let same = |(old, new): (&Arc<NodeView>, &Arc<NodeView>)| Arc::ptr_eq(old, new);
+        if old.nodes.len() == nodes.len() && old.nodes.iter().zip(&nodes).all(same) {
+            return;
         }
-        let served = served
-            .into_iter()
-            .map(|(id, candidates)| {
-                let usage = members.uses.entry(id.clone()).or_default().clone();
-                (
-                    id,
-                    Served {
-                        candidates: candidates.into(),
-                        usage,
-                    },
-                )
-            })
-            .collect();
+        let served = members.served(&nodes);
+        // stored under the lock, so that an older view never replaces a newer one
+        self.view.store(Arc::new(FleetView { nodes, served }));
+        drop(members);
+        self.changed.notify_one();
+    }
+
+    fn count(&self, nodes: &[Arc<NodeView>]) {
+        let of = |is: fn(&Health) -> bool| nodes.iter().filter(|node| is(&node.health)).count();
         for (health, count) in [
-            ("up", nodes.iter().filter(|node| node.is_up()).count()),
-            (
-                "down",
-                nodes
-                    .iter()
-                    .filter(|node| matches!(node.health, Health::Down(_)))
-                    .count(),
-            ),
-            (
-                "unknown",
-                nodes
-                    .iter()
-                    .filter(|node| node.health == Health::Unknown)
-                    .count(),
-            ),
+            ("up", of(|health| *health == Health::Up)),
+            ("down", of(|health| matches!(health, Health::Down(_)))),
+            ("unknown", of(|health| *health == Health::Unknown)),
         ] {
             self.nodes_gauge
                 .with_label_values(&[health])
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.open_gauge.reset();
-        for node in &nodes {
+        for node in nodes {
             let label = &[&*node.name];
             let open = i64::from(node.load.is_open());
             self.open_gauge.with_label_values(label).set(open);
             let counted = self.ejections.with_label_values(label);
             counted.inc_by(node.load.times_opened().saturating_sub(counted.get()));
         }
-        // stored under the lock, so that an older view never replaces a newer one
-        self.view.store(Arc::new(FleetView { nodes, served }));
-        drop(members);
-        self.changed.notify_one();
     }
 
     /// The count of use of a model on a node.

@@ -19,16 +19,22 @@ pub(super) struct Node {
 
 #[derive(Debug)]
 struct Known {
-    health: Health,
     /// Polls that failed since the last one that did not.
     failures: u32,
     /// Polls that were answered since the last one that was not.
     answers: u32,
-    endpoint: Option<Arc<Endpoint>>,
-    info: Option<NodeInfo>,
-    models: NodeModels,
-    /// Requests that were there at the last poll and not ours.
-    foreign: usize,
+    /// Replaced when something is new, and only then.
+    view: Arc<NodeView>,
+}
+
+impl Known {
+    fn change(&mut self, change: impl FnOnce(&mut NodeView)) {
+        let mut view = NodeView::clone(&self.view);
+        change(&mut view);
+        if !view.is_as(&self.view) {
+            self.view = Arc::new(view);
+        }
+    }
 }
 
 impl Node {
@@ -38,19 +44,27 @@ impl Node {
         address: Option<SocketAddr>,
         load: Option<Arc<NodeLoad>>,
     ) -> Self {
-        let known = Known {
+        let load = load.unwrap_or_default();
+        let view = NodeView {
+            name: neuron.name.clone(),
+            manages: neuron.kind == Kind::Neuron,
             health: Health::Unknown,
+            endpoint: None,
+            devices: Vec::new(),
+            version: String::new(),
+            models: Vec::new(),
+            foreign: 0,
+            load: load.clone(),
+        };
+        let known = Known {
             failures: 0,
             answers: 0,
-            endpoint: None,
-            info: None,
-            models: NodeModels::default(),
-            foreign: 0,
+            view: Arc::new(view),
         };
         Self {
             neuron,
             address,
-            load: load.unwrap_or_default(),
+            load,
             known: Mutex::new(known),
         }
     }
@@ -62,11 +76,8 @@ impl Node {
     /// Where it listens, now that its name stands for `address`.
     pub(super) fn at(&self, address: SocketAddr) -> Arc<Endpoint> {
         let mut known = self.lock();
-        if let Some(endpoint) = known
-            .endpoint
-            .as_ref()
-            .filter(|known| known.address == address)
-        {
+        let endpoint = known.view.endpoint.as_ref();
+        if let Some(endpoint) = endpoint.filter(|known| known.address == address) {
             return endpoint.clone();
         }
         let endpoint = Arc::new(Endpoint {
@@ -78,7 +89,7 @@ impl Node {
             access: self.neuron.access.clone(),
             load: self.load.clone(),
         });
-        known.endpoint = Some(endpoint.clone());
+        known.change(|view| view.endpoint = Some(endpoint.clone()));
         endpoint
     }
 
@@ -87,24 +98,27 @@ impl Node {
         let mut known = self.lock();
         known.failures = 0;
         known.answers = known.answers.saturating_add(1);
-        if matches!(known.health, Health::Down(_)) && known.answers < up_after {
+        let health = &known.view.health;
+        if matches!(health, Health::Down(_)) && known.answers < up_after {
             return;
         }
         self.load.set_failing(false);
         self.load.age();
         let all: u64 = models.models.iter().map(|model| model.in_flight).sum();
         let all = usize::try_from(all).unwrap_or(usize::MAX);
-        known.foreign = all.saturating_sub(self.load.in_flight());
-        if known.health != Health::Up {
+        let foreign = all.saturating_sub(self.load.in_flight());
+        if *health != Health::Up {
             tracing::info!(
                 node = &*self.neuron.name,
                 version = info.version,
                 "node is up"
             );
         }
-        known.health = Health::Up;
-        known.info = Some(info);
-        known.models = models;
+        known.change(|view| {
+            view.health = Health::Up;
+            (view.devices, view.version) = (info.devices, info.version);
+            (view.models, view.foreign) = (models.models, foreign);
+        });
     }
 
     /// Notes a poll that did not. After `down_after` of them in a row the node counts as down.
@@ -113,35 +127,21 @@ impl Node {
         self.load.set_failing(true);
         known.failures = known.failures.saturating_add(1);
         known.answers = 0;
-        if known.failures < down_after && known.health == Health::Up {
+        let health = &known.view.health;
+        if known.failures < down_after && *health == Health::Up {
             return;
         }
-        if !matches!(known.health, Health::Down(_)) {
+        if !matches!(health, Health::Down(_)) {
             tracing::warn!(node = &*self.neuron.name, reason, "node is down");
         }
-        known.health = Health::Down(reason.into());
-        known.models = NodeModels::default();
+        known.change(|view| {
+            view.health = Health::Down(reason.into());
+            view.models.clear();
+        });
     }
 
-    pub(super) fn view(&self) -> NodeView {
-        let known = self.lock();
-        NodeView {
-            name: self.neuron.name.clone(),
-            manages: self.neuron.kind == Kind::Neuron,
-            health: known.health.clone(),
-            endpoint: known.endpoint.clone(),
-            devices: known
-                .info
-                .as_ref()
-                .map_or_else(Vec::new, |info| info.devices.clone()),
-            version: known
-                .info
-                .as_ref()
-                .map_or_else(String::new, |info| info.version.clone()),
-            models: known.models.models.clone(),
-            foreign: known.foreign,
-            load: self.load.clone(),
-        }
+    pub(super) fn view(&self) -> Arc<NodeView> {
+        self.lock().view.clone()
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {

@@ -1,7 +1,7 @@
 //! What the lifecycle does to nodes: the only calls that load and unload.
 
-use super::placement::Reason;
-use crate::fleet::Fleet;
+use super::ledger::Reason;
+use crate::fleet::{Fleet, FleetView};
 use crate::pingora::client::{Client, ClientError, Outgoing};
 use bytes::Bytes;
 use filters::route::{Endpoint, Replica};
@@ -15,8 +15,10 @@ use tokio::time::{sleep, timeout};
 
 /// How often a node is asked how far it is.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often it is looked whether the node is still there.
+const WATCH: Duration = Duration::from_millis(250);
 
-/// A [`Change`](super::placement::Change) as it is carried out.
+/// A [`Change`](super::ledger::Change) as it is carried out.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) node: Arc<str>,
@@ -43,6 +45,8 @@ pub(super) enum Failed {
     Foreign(#[from] serde_json::Error),
     #[error("it took longer than {} s", .0.as_secs())]
     Late(Duration),
+    #[error("the node is down")]
+    Down,
 }
 
 /// Carries `job` out, and leaves the fleet's view up to date.
@@ -59,11 +63,26 @@ pub(super) async fn carry_out(client: &Client, fleet: &Fleet, job: &Job) -> Resu
             None => Ok(()),
         }
     };
-    let changed = timeout(job.deadline, change)
+    // a node behind a broken network answers nothing and refuses nothing
+    let watched = async {
+        tokio::select! {
+            changed = change => changed,
+            () = down(fleet, &job.node) => Err(Failed::Down),
+        }
+    };
+    let changed = timeout(job.deadline, watched)
         .await
         .unwrap_or(Err(Failed::Late(job.deadline)));
     fleet.refresh(&job.node).await;
     changed
+}
+
+/// Ends when the node counts as down, or is no member any more.
+async fn down(fleet: &Fleet, node: &str) {
+    let stands = |view: &FleetView| view.nodes.iter().any(|n| *n.name == *node && n.is_up());
+    while stands(&fleet.view()) {
+        sleep(WATCH).await;
+    }
 }
 
 /// Asks for the load and waits for its end. Idempotent on the node: a load under way is joined.

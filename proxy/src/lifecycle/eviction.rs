@@ -18,23 +18,26 @@ pub(crate) struct Resident {
     pub(crate) last_used: u64,
 }
 
-/// The models to evict so that `count` devices have `share` bytes free each, where `free` are now; `None` if that
-/// cannot be had. Never names a kept model, and none that need not go.
+/// Which of `residents` to evict so that `count` devices have `share` bytes free each, where `free` are now; `None` if
+/// that cannot be had. Never names a kept model, and none that need not go.
 pub(crate) fn victims(
     strategy: Strategy,
     (count, share): (usize, u64),
     free: &[u64],
     residents: &[Resident],
-) -> Option<Vec<Arc<str>>> {
-    let mut idle: Vec<&Resident> = residents.iter().filter(|resident| !resident.kept).collect();
+) -> Option<Vec<usize>> {
+    let idle = residents.iter().enumerate();
+    let mut idle: Vec<(usize, &Resident)> = idle.filter(|(_, resident)| !resident.kept).collect();
     match strategy {
-        Strategy::Lru => idle.sort_by_key(|resident| resident.last_used),
-        Strategy::Priority => idle.sort_by_key(|resident| (resident.priority, resident.last_used)),
+        Strategy::Lru => idle.sort_by_key(|(_, resident)| resident.last_used),
+        Strategy::Priority => {
+            idle.sort_by_key(|(_, resident)| (resident.priority, resident.last_used));
+        }
     }
     let mut room = free.to_vec();
     let fits = |room: &[u64]| room.iter().filter(|free| **free >= share).count() >= count;
-    let mut chosen: Vec<&Resident> = Vec::new();
-    for resident in idle {
+    let mut chosen: Vec<usize> = Vec::new();
+    for (index, resident) in idle {
         if fits(&room) {
             break;
         }
@@ -42,7 +45,7 @@ pub(crate) fn victims(
             .devices
             .iter()
             .for_each(|&device| room[device] += resident.bytes);
-        chosen.push(resident);
+        chosen.push(index);
     }
     if !fits(&room) {
         return None;
@@ -50,7 +53,7 @@ pub(crate) fn victims(
     // one taken late may have made one taken early unnecessary
     let mut index = 0;
     while index < chosen.len() {
-        let Resident { devices, bytes, .. } = chosen[index];
+        let Resident { devices, bytes, .. } = &residents[chosen[index]];
         devices.iter().for_each(|&device| room[device] -= bytes);
         if fits(&room) {
             chosen.remove(index);
@@ -59,12 +62,7 @@ pub(crate) fn victims(
             index += 1;
         }
     }
-    Some(
-        chosen
-            .into_iter()
-            .map(|resident| resident.model.clone())
-            .collect(),
-    )
+    Some(chosen)
 }
 
 #[cfg(test)]
@@ -84,8 +82,9 @@ mod tests {
         }
     }
 
-    fn names(victims: Option<Vec<Arc<str>>>) -> Option<Vec<String>> {
-        victims.map(|models| models.iter().map(ToString::to_string).collect())
+    fn names(residents: &[Resident], victims: Option<Vec<usize>>) -> Option<Vec<String>> {
+        let name = |victim: &usize| residents[*victim].model.to_string();
+        victims.map(|victims| victims.iter().map(name).collect())
     }
 
     #[test]
@@ -95,7 +94,7 @@ mod tests {
             resident("new-cheap", 4, false, 0, 2),
             resident("busy", 4, true, 0, 0),
         ];
-        let by = |strategy, need| names(victims(strategy, (1, need), &[0], &residents));
+        let by = |strategy, need| names(&residents, victims(strategy, (1, need), &[0], &residents));
         assert_eq!(by(Strategy::Lru, 4), Some(vec!["old-dear".into()]));
         assert_eq!(by(Strategy::Priority, 4), Some(vec!["new-cheap".into()]));
         assert_eq!(by(Strategy::Lru, 8).map(|all| all.len()), Some(2));
@@ -110,12 +109,11 @@ mod tests {
         };
         let residents = [on(&[0, 1], "wide"), on(&[2], "narrow")];
         let by = |count| {
-            names(victims(
-                Strategy::Lru,
-                (count, 4),
-                &[0, 0, 0, 4],
+            let free = [0, 0, 0, 4];
+            names(
                 &residents,
-            ))
+                victims(Strategy::Lru, (count, 4), &free, &residents),
+            )
         };
         assert_eq!(by(1), Some(vec![]));
         assert_eq!(by(2), Some(vec!["wide".into()]), "the older one is enough");
@@ -158,12 +156,13 @@ mod tests {
             match victims(strategy, wanted, &free, &residents) {
                 None => assert!(!fits(&|r| !r.kept), "seed {seed}: gave up too early"),
                 Some(chosen) => {
-                    let named = |r: &Resident| chosen.contains(&r.model);
+                    let chosen: Vec<_> = chosen.iter().map(|&at| &residents[at].model).collect();
+                    let named = |r: &Resident| chosen.contains(&&r.model);
                     let kept = residents.iter().any(|r| r.kept && named(r));
                     assert!(!kept, "seed {seed}: a kept model went");
                     assert!(fits(&named), "seed {seed}: not enough room");
                     for spared in &chosen {
-                        let without = |r: &Resident| named(r) && r.model != *spared;
+                        let without = |r: &Resident| named(r) && r.model != **spared;
                         assert!(!fits(&without), "seed {seed}: {spared} went in vain");
                     }
                 }

@@ -5,12 +5,13 @@ use crate::fleet::{Fleet, FleetView, Served};
 use crate::pingora::client::Client;
 use arc_swap::ArcSwap;
 use effects::{Failed, Job};
-use filters::residency::{Lease, Leasing, Residency};
+use filters::residency::{Lease, Leasing, Progress, Residency};
 use filters::route::{self, Replica};
-use placement::{Change, Use, World};
+use ledger::Change;
+use placement::{Use, World};
 use prometheus::core::Collector;
 use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry};
-use protocol::node::LoadModel;
+use protocol::node::{LoadModel, ModelState};
 use protocol::{ApiError, ErrorKind};
 use schedule::{Ended, Hands, Refusal, Schedule};
 use std::collections::HashMap;
@@ -25,6 +26,7 @@ use tokio::time::{Instant, interval, timeout};
 mod day;
 mod effects;
 mod eviction;
+mod ledger;
 mod placement;
 pub(crate) mod plan;
 mod schedule;
@@ -157,6 +159,7 @@ impl Lifecycle {
         let mut jobs: JoinSet<Done> = JoinSet::new();
         let mut tick = interval(TICK);
         loop {
+            let mut tidy = false;
             tokio::select! {
                 Some(want) = inbox.recv() => {
                     schedule.want(want.model, want.reply);
@@ -169,7 +172,7 @@ impl Lifecycle {
                     self.finish(&mut schedule, done.expect("jobs do not panic"));
                 }
                 () = self.fleet.changed() => {}
-                _ = tick.tick() => {}
+                _ = tick.tick() => tidy = true,
             }
             let (config, view) = (self.config.load_full(), self.fleet.view());
             let world = World {
@@ -186,6 +189,9 @@ impl Lifecycle {
                 jobs: &mut jobs,
             };
             schedule.step(&world, &mut hands);
+            if tidy {
+                schedule.tidy(&world, &mut hands);
+            }
         }
     }
 
@@ -389,6 +395,17 @@ fn lease(served: &Served) -> Option<Lease> {
 impl Residency for Lifecycle {
     fn resident(&self, model: &Arc<str>) -> Option<Lease> {
         self.fleet.view().served(model).and_then(lease)
+    }
+
+    fn progress(&self, model: &str) -> Option<Progress> {
+        let view = self.fleet.view();
+        if view.served(model).is_some() {
+            return None;
+        }
+        let held = view.nodes.iter().filter_map(|node| node.model(model));
+        let loading = held.filter(|status| status.state == ModelState::Loading);
+        let furthest = loading.map(|status| status.progress).reduce(f32::max);
+        Some(furthest.map_or(Progress::Queued, Progress::Loading))
     }
 
     fn lease(&self, model: &Arc<str>) -> Leasing {

@@ -1,10 +1,12 @@
 //! Where a model goes: a pure decision over one view of the fleet.
 
 use super::eviction::{self, Resident};
+use super::ledger::{Account, Change, Held, Ledger, sorted};
 use crate::config::{Config, Model};
 use crate::fleet::NodeView;
 use protocol::node::{ModelState, ModelStatus};
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -72,8 +74,8 @@ pub(crate) struct Use {
 
 /// What the decision looks at beside what the lifecycle itself has begun.
 pub(crate) struct World<'a> {
-    pub(crate) config: &'a Config,
-    pub(crate) nodes: &'a [NodeView],
+    pub(crate) config: &'a Arc<Config>,
+    pub(crate) nodes: &'a [Arc<NodeView>],
     /// On `route::now`'s clock.
     pub(crate) now: u64,
     /// How this gateway uses a model (second) on a node (first).
@@ -82,216 +84,88 @@ pub(crate) struct World<'a> {
     pub(crate) leases: &'a dyn Fn(&str) -> usize,
 }
 
-/// What has been begun, so that nobody else counts on the same memory.
-#[derive(Debug, Default)]
-pub(crate) struct Begun {
-    /// By node.
-    changes: HashMap<Arc<str>, Vec<Change>>,
-    /// Models that are served, and on how many nodes they stay.
-    staying: HashMap<Arc<str>, usize>,
-}
-
-/// A change to one node: some models leave, then perhaps one comes.
-#[derive(Debug, Clone)]
-pub(crate) struct Change {
-    pub(crate) node: Arc<str>,
-    pub(crate) evict: Vec<Arc<str>>,
-    pub(crate) load: Option<Arc<str>>,
-    /// Devices it comes to and the bytes reserved on each. A load of unknown size has the node to itself.
-    pub(crate) devices: Vec<Arc<str>>,
-    pub(crate) share: Option<u64>,
-    pub(crate) reason: Reason,
-}
-
-/// What a change is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reason {
-    /// Somebody wants a model.
-    Room,
-    /// One replica is not enough, or one more than enough.
-    Replicas,
-    /// Nobody has used it for as long as the catalogue says.
-    Idle,
-    /// Memory did not come back.
-    Defragmentation,
-}
-
-impl Reason {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Room => "room",
-            Self::Replicas => "replicas",
-            Self::Idle => "idle",
-            Self::Defragmentation => "defragmentation",
-        }
-    }
-}
-
-impl Begun {
-    /// Counts what is served and stays.
-    pub(crate) fn look(&mut self, nodes: &[NodeView]) {
-        self.staying.values_mut().for_each(|count| *count = 0); // their names stay: there are many
-        for node in nodes.iter().filter(|node| node.serves()) {
-            for model in &node.models {
-                if model.state == ModelState::Loaded && !self.is_leaving(&node.name, &model.id) {
-                    match self.staying.get_mut(model.id.as_str()) {
-                        Some(count) => *count += 1,
-                        None => drop(self.staying.insert(model.id.as_str().into(), 1)),
-                    }
-                }
-            }
-        }
-    }
-
-    /// On how many nodes `model` is served and stays.
-    pub(crate) fn staying(&self, model: &str) -> usize {
-        self.staying.get(model).copied().unwrap_or(0)
-    }
-
-    pub(crate) fn begin(&mut self, change: Change) {
-        for model in &change.evict {
-            if let Some(count) = self.staying.get_mut(model) {
-                *count = count.saturating_sub(1);
-            }
-        }
-        let node = self.changes.entry(change.node.clone()).or_default();
-        node.push(change);
-    }
-
-    /// Forgets a change that has ended.
-    pub(crate) fn end(&mut self, node: &Arc<str>, load: Option<&str>, evict: &[Arc<str>]) {
-        if let Some(changes) = self.changes.get_mut(node) {
-            let same = |change: &Change| change.load.as_deref() == load && change.evict == evict;
-            if let Some(index) = changes.iter().position(same) {
-                changes.swap_remove(index);
-            }
-            if changes.is_empty() {
-                self.changes.remove(node);
-            }
-        }
-    }
-
-    pub(crate) fn on(&self, node: &str) -> &[Change] {
-        self.changes.get(node).map_or(&[], Vec::as_slice)
-    }
-
-    /// Nodes to which `model` is coming.
-    pub(crate) fn coming(&self, model: &str) -> usize {
-        let all = self.changes.values().flatten();
-        all.filter(|change| change.load.as_deref() == Some(model))
-            .count()
-    }
-
-    /// Whether `model` is on its way off `node`.
-    pub(crate) fn is_leaving(&self, node: &str, model: &str) -> bool {
-        let mut changes = self.on(node).iter();
-        changes.any(|change| change.evict.iter().any(|leaving| **leaving == *model))
-    }
-
-    fn is_closed(&self, node: &str) -> bool {
-        let mut changes = self.on(node).iter();
-        changes.any(|change| change.load.is_some() && change.share.is_none())
-    }
-}
-
-/// What is known of the sizes of models.
-#[derive(Debug, Default)]
-pub(crate) struct Sizes {
-    /// As nodes have reported them, for models of which the catalogue does not say.
-    measured: HashMap<String, u64>,
-}
-
-impl Sizes {
-    pub(crate) fn learn(&mut self, nodes: &[NodeView]) {
-        for model in nodes.iter().flat_map(|node| &node.models) {
-            if model.state == ModelState::Loaded
-                && model.memory_bytes > self.measured.get(&model.id).copied().unwrap_or(0)
-            {
-                self.measured.insert(model.id.clone(), model.memory_bytes);
-            }
-        }
-    }
-
-    pub(crate) fn of(&self, id: &str, model: Option<&Model>) -> Option<u64> {
-        let said = model.and_then(|model| model.memory);
-        said.or_else(|| self.measured.get(id).copied())
-    }
-}
-
-/// Chooses by what is free, then by what may be evicted. `failed_on` are nodes that may not have it now.
+/// Chooses by what is free, then by what may be evicted. `not_on` are nodes that may not have it now.
 pub(crate) fn place(
     id: &str,
     model: &Model,
     world: &World<'_>,
-    begun: &Begun,
-    sizes: &Sizes,
-    failed_on: &dyn Fn(&str) -> bool,
+    ledger: &Ledger,
+    survey: &mut Survey,
+    not_on: &dyn Fn(&str) -> bool,
 ) -> Placement {
-    let size = sizes.of(id, Some(model));
+    let size = ledger.size(id, Some(model));
     let count = model.tensor_parallel;
     let share = size.unwrap_or(0).div_ceil(count as u64);
+    let (there, comes) = (ledger.there(id), ledger.coming(id) > 0);
     let (mut possible, mut large, mut largest) = (false, false, 0);
-    let mut roomiest: Option<(u64, Spot)> = None;
-    let mut cheapest: Option<(u64, Spot)> = None;
-    for node in world.nodes {
+    let mut roomiest: Option<(u64, usize)> = None;
+    // nodes that have to be cleared first, by the least that has to leave there whatever it is
+    let mut tight: Vec<Reverse<(u64, usize)>> = Vec::new();
+    for (at, account) in ledger.accounts().iter().enumerate() {
+        let node = &account.node;
         let allowed = model.pinned_on.is_empty() || model.pinned_on.contains(&node.name);
         let enough = node.devices.len() >= count.max(model.min_devices);
-        if !node.can_load() || !allowed || !enough || failed_on(&node.name) {
+        if !node.can_load() || !allowed || !enough || not_on(&node.name) {
             continue;
         }
         possible = true;
-        let total = nth_largest(node.devices.iter().map(|device| device.total_bytes), count);
+        let total = account.totals[count - 1];
         largest = largest.max(total);
         if total < share {
             continue;
         }
         large = true;
         // it is there, it comes or it goes: not twice on one node
-        let there = node
-            .model(id)
-            .is_some_and(|model| model.state != ModelState::Failed);
-        let comes = (begun.on(&node.name).iter()).any(|change| change.load.as_deref() == Some(id));
-        let alone = size.is_some() || begun.on(&node.name).is_empty();
-        if there || comes || !alone || begun.is_closed(&node.name) {
+        let is_there = |held: &Held| held.node == at && held.state != ModelState::Failed;
+        let comes_there = |change: &Change| change.load.as_deref() == Some(id);
+        if there.iter().any(is_there)
+            || (comes && ledger.on(&node.name).iter().any(comes_there))
+            || (size.is_none() && account.changing)
+            || account.closed
+        {
             continue;
         }
-        let free = free(node, world, begun, sizes);
-        let room = nth_largest(free.iter().copied(), count);
-        let spot = |evict, free: &[u64], why| Spot {
-            node: node.name.clone(),
-            devices: emptiest(node, free, count),
-            share,
-            evict,
-            why,
-        };
+        let room = account.rooms[count - 1];
         if room >= share {
-            if roomiest.as_ref().is_none_or(|(most, _)| room > *most) {
-                roomiest = Some((room, spot(Vec::new(), &free, Why::MostRoom)));
+            if roomiest.is_none_or(|(most, _)| room > most) {
+                roomiest = Some((room, at));
             }
         } else if roomiest.is_none() {
-            let residents = residents(node, world, begun);
-            let strategy = world.config.eviction.strategy;
-            let Some(evict) = eviction::victims(strategy, (count, share), &free, &residents) else {
-                continue;
-            };
-            let gone = |resident: &&Resident| evict.contains(&resident.model);
-            let bytes = (residents.iter().filter(gone))
-                .map(|resident| resident.bytes * resident.devices.len() as u64)
-                .sum();
-            if cheapest.as_ref().is_none_or(|(least, _)| bytes < *least) {
-                let mut after = free.clone();
-                for resident in residents.iter().filter(gone) {
-                    resident
-                        .devices
-                        .iter()
-                        .for_each(|&device| after[device] += resident.bytes);
-                }
-                cheapest = Some((bytes, spot(evict, &after, Why::LeastLoss { bytes })));
-            }
+            let best = account.rooms[..count].iter();
+            tight.push(Reverse((
+                best.map(|room| share.saturating_sub(*room)).sum(),
+                at,
+            )));
         }
     }
-    match roomiest.or(cheapest) {
-        Some((_, spot)) => Placement::On(spot),
+    let spot = |at: usize, free: &[u64], evict, why| Spot {
+        node: ledger.accounts()[at].node.name.clone(),
+        devices: emptiest(&ledger.accounts()[at].node, free, count),
+        share,
+        evict,
+        why,
+    };
+    if let Some((_, at)) = roomiest {
+        let free = &ledger.accounts()[at].free;
+        return Placement::On(spot(at, free, Vec::new(), Why::MostRoom));
+    }
+    match cheapest((count, share), tight, world, ledger, survey) {
+        Some((bytes, at)) => {
+            let (account, residents) = (&ledger.accounts()[at], survey.of(at, world, ledger));
+            let strategy = world.config.eviction.strategy;
+            let victims = eviction::victims(strategy, (count, share), &account.free, residents);
+            let victims = victims.expect("it could be cleared a moment ago");
+            let mut after = account.free.clone();
+            for resident in victims.iter().map(|&victim| &residents[victim]) {
+                let devices = resident.devices.iter();
+                devices.for_each(|&device| after[device] += resident.bytes);
+            }
+            let evict = victims
+                .iter()
+                .map(|&victim| residents[victim].model.clone());
+            let evict = evict.collect();
+            Placement::On(spot(at, &after, evict, Why::LeastLoss { bytes }))
+        }
         None if !possible => Placement::NoNode,
         None if !large => Placement::TooLarge {
             devices: count,
@@ -302,63 +176,119 @@ pub(crate) fn place(
     }
 }
 
+/// The node where the fewest bytes have to leave, and how many; the first of several. `tight` says of each how many it
+/// are at least, so that most need not be looked at.
+fn cheapest(
+    (count, share): (usize, u64),
+    tight: Vec<Reverse<(u64, usize)>>,
+    world: &World<'_>,
+    ledger: &Ledger,
+    survey: &mut Survey,
+) -> Option<(u64, usize)> {
+    let strategy = world.config.eviction.strategy;
+    let mut cheapest: Option<(u64, usize)> = None;
+    let mut tight = BinaryHeap::from(tight);
+    while let Some(Reverse((least, at))) = tight.pop() {
+        if cheapest.is_some_and(|(bytes, _)| bytes < least) {
+            break;
+        }
+        let account = &ledger.accounts()[at];
+        if survey.most(at, world, ledger)[count - 1] < share {
+            continue;
+        }
+        let residents = survey.of(at, world, ledger);
+        let victims = eviction::victims(strategy, (count, share), &account.free, residents);
+        let Some(victims) = victims else { continue };
+        let bytes = victims.iter().map(|&victim| {
+            let resident = &residents[victim];
+            resident.bytes * resident.devices.len() as u64
+        });
+        let bytes: u64 = bytes.sum();
+        if cheapest.is_none_or(|best| (bytes, at) < best) {
+            cheapest = Some((bytes, at));
+        }
+    }
+    cheapest
+}
+
+/// The models of nodes as the eviction sees them, looked up when somebody asks. Holds for as long as nobody begins or
+/// ends a use: for one round of decisions.
+#[derive(Debug, Default)]
+pub(crate) struct Survey {
+    nodes: Vec<Option<Surveyed>>,
+}
+
+#[derive(Debug)]
+struct Surveyed {
+    residents: Vec<Resident>,
+    /// Bytes that each device would have free if all left that may, the most first.
+    most: Vec<u64>,
+}
+
+impl Survey {
+    pub(crate) fn of(&mut self, at: usize, world: &World<'_>, ledger: &Ledger) -> &[Resident] {
+        &self.look(at, world, ledger).residents
+    }
+
+    fn most(&mut self, at: usize, world: &World<'_>, ledger: &Ledger) -> &[u64] {
+        &self.look(at, world, ledger).most
+    }
+
+    fn look(&mut self, at: usize, world: &World<'_>, ledger: &Ledger) -> &Surveyed {
+        if self.nodes.is_empty() {
+            self.nodes.resize_with(world.nodes.len(), || None);
+        }
+        self.nodes[at].get_or_insert_with(|| {
+            let account = &ledger.accounts()[at];
+            let residents = residents(account, world, ledger);
+            let mut most = account.free.clone();
+            for resident in residents.iter().filter(|resident| !resident.kept) {
+                let devices = resident.devices.iter();
+                devices.for_each(|&device| most[device] += resident.bytes);
+            }
+            let most = sorted(most.into_iter());
+            Surveyed { residents, most }
+        })
+    }
+
+    /// Something has been begun there.
+    pub(crate) fn forget(&mut self, at: usize) {
+        if let Some(surveyed) = self.nodes.get_mut(at) {
+            *surveyed = None;
+        }
+    }
+}
+
 /// The models of a node as the eviction sees them.
-pub(crate) fn residents(node: &NodeView, world: &World<'_>, begun: &Begun) -> Vec<Resident> {
-    let loaded = node
-        .models
-        .iter()
-        .filter(|model| model.state == ModelState::Loaded);
+fn residents(account: &Account, world: &World<'_>, ledger: &Ledger) -> Vec<Resident> {
+    let node = &account.node;
+    let models = node.models.iter().zip(&account.models);
+    let loaded = models.filter(|(model, _)| model.state == ModelState::Loaded);
     loaded
-        .map(|model| {
-            let entry = world.config.models.get(model.id.as_str());
+        .map(|(model, &number)| {
+            let holding = ledger.holding(number);
             let Use { active, last_used } = (world.usage)(&node.name, &model.id);
-            let pinned = entry.is_some_and(|entry| entry.is_pinned());
             let devices = devices_of(node, model);
+            let last = || ledger.staying_on(holding).nth(1).is_none();
             Resident {
-                model: model.id.as_str().into(),
+                model: holding.name.clone(),
                 bytes: model.memory_bytes / devices.len().max(1) as u64,
                 devices,
                 // requests that other gateways have there count as well
-                kept: pinned
+                kept: holding.rule.pinned
                     || active > 0
-                    || ((world.leases)(&model.id) > 0 && begun.staying(&model.id) < 2)
                     || model.in_flight > 0
-                    || begun.is_leaving(&node.name, &model.id),
-                priority: entry.map_or(0, |entry| entry.priority),
+                    || holding.leaving.contains(&node.name)
+                    || ((world.leases)(&model.id) > 0 && last()),
+                priority: holding.rule.priority,
                 last_used,
             }
         })
         .collect()
 }
 
-/// Bytes free on each device, less what is reserved there for loads that others or we have begun.
-fn free(node: &NodeView, world: &World<'_>, begun: &Begun, sizes: &Sizes) -> Vec<u64> {
-    let mut free: Vec<u64> = (node.devices.iter())
-        .map(|device| device.free_bytes)
-        .collect();
-    let mut take = |device: usize, bytes: u64| free[device] = free[device].saturating_sub(bytes);
-    for change in begun.on(&node.name) {
-        for (index, device) in node.devices.iter().enumerate() {
-            if change.devices.iter().any(|taken| **taken == *device.id) {
-                take(index, change.share.unwrap_or(u64::MAX));
-            }
-        }
-    }
-    for model in &node.models {
-        let ours =
-            (begun.on(&node.name).iter()).any(|change| change.load.as_deref() == Some(&*model.id));
-        if model.state == ModelState::Loading && !ours {
-            let entry = world.config.models.get(model.id.as_str());
-            let devices = devices_of(node, model);
-            let bytes = sizes.of(&model.id, entry).unwrap_or(0) / devices.len().max(1) as u64;
-            devices.iter().for_each(|&device| take(device, bytes));
-        }
-    }
-    free
-}
-
 /// Which of the node's devices hold the model; all, where it does not say.
-fn devices_of(node: &NodeView, model: &ModelStatus) -> Vec<usize> {
+pub(super) fn devices_of(node: &NodeView, model: &ModelStatus) -> Vec<usize> {
     let all = 0..node.devices.len();
     if model.devices.is_empty() {
         return all.collect();
@@ -375,14 +305,4 @@ fn emptiest(node: &NodeView, free: &[u64], count: usize) -> Vec<Arc<str>> {
     taken
         .map(|index| node.devices[index].id.as_str().into())
         .collect()
-}
-
-/// The `n`th of these numbers by size; zero if there are fewer.
-fn nth_largest(numbers: impl Iterator<Item = u64>, n: usize) -> u64 {
-    if n == 1 {
-        return numbers.max().unwrap_or(0);
-    }
-    let mut numbers: Vec<u64> = numbers.collect();
-    numbers.sort_unstable_by(|a, b| b.cmp(a));
-    numbers.get(n - 1).copied().unwrap_or(0)
 }

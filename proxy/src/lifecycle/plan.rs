@@ -1,15 +1,17 @@
 //! `cortex plan`: where each model of the catalogue would go if it were asked for now, and why. Nothing is done.
 
-use super::placement::{Begun, Change, Placement, Reason, Sizes, Use, Why, World, place};
+use super::ledger::{Change, Ledger, Reason};
+use super::placement::{Placement, Survey, Use, Why, World, place};
 use crate::config::Config;
 use crate::fleet::FleetView;
 use crate::status::{align, size};
 use filters::route;
 use protocol::node::ModelState;
 use std::fmt::Write;
+use std::sync::Arc;
 
 /// The plan as a table.
-pub(crate) fn plan(config: &Config, view: &FleetView) -> String {
+pub(crate) fn plan(config: &Arc<Config>, view: &FleetView) -> String {
     let world = World {
         config,
         nodes: &view.nodes,
@@ -17,9 +19,8 @@ pub(crate) fn plan(config: &Config, view: &FleetView) -> String {
         usage: &|_, _| Use::default(), // what others have there shows in the nodes' own counts
         leases: &|_| 0,
     };
-    let (mut begun, mut sizes) = (Begun::default(), Sizes::default());
-    sizes.learn(&view.nodes);
-    begun.look(&view.nodes);
+    let (mut ledger, mut survey) = (Ledger::default(), Survey::default());
+    ledger.see(&world);
     let mut rows = vec![["MODEL", "NODE", "DEVICES", "EACH", "EVICTS", "WHY"].map(String::from)];
     // what is pinned is loaded at start and takes its room from the others
     let mut order: Vec<_> = config.models.iter().collect();
@@ -39,9 +40,9 @@ pub(crate) fn plan(config: &Config, view: &FleetView) -> String {
             rows.push(row(id, &there.join(", "), "", "", "", "it is served there"));
         }
         for _ in 0..places {
-            match place(id, model, &world, &begun, &sizes, &|_| false) {
+            match place(id, model, &world, &ledger, &mut survey, &|_| false) {
                 Placement::On(spot) => {
-                    let each = match sizes.of(id, Some(model)) {
+                    let each = match ledger.size(id, Some(model)) {
                         Some(_) => size(spot.share),
                         None => "?".into(),
                     };
@@ -49,7 +50,7 @@ pub(crate) fn plan(config: &Config, view: &FleetView) -> String {
                     let why = spot.why.to_string();
                     rows.push(row(id, &spot.node, &devices, &each, &evicts, &why));
                     if model.is_pinned() {
-                        begun.begin(Change {
+                        let change = Change {
                             node: spot.node,
                             evict: spot.evict,
                             load: Some(id.clone()),
@@ -57,7 +58,9 @@ pub(crate) fn plan(config: &Config, view: &FleetView) -> String {
                             share: (spot.why != Why::Joined && spot.share > 0)
                                 .then_some(spot.share),
                             reason: Reason::Room,
-                        });
+                        };
+                        ledger.begin(change, config);
+                        survey = Survey::default();
                     }
                 }
                 Placement::Busy => rows.push(row(id, "", "", "", "", "all room is in use now")),

@@ -3,12 +3,12 @@
 //! [`Schedule`] remembers who waits and what has been begun; it acts through [`Hands`], which are the fleet's in the
 //! daemon and a simulated fleet's in tests.
 
-use super::placement::{self, Begun, Change, Placement, Reason, Sizes, Spot, Use, Why, World};
-use crate::config::Model;
-use crate::fleet::NodeView;
+use super::ledger::{Change, Holding, Ledger, Reason};
+use super::placement::{self, Placement, Spot, Survey, Use, Why, World};
+use crate::config::{Config, Model};
 use protocol::node::ModelState;
 use protocol::{ApiError, ErrorKind};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -80,16 +80,39 @@ pub(crate) trait Hands<W> {
 pub(crate) struct Schedule<W> {
     wanted: HashMap<Arc<str>, Wanted<W>>,
     arrivals: u64,
-    begun: Begun,
-    sizes: Sizes,
-    /// Failed loads by model and node.
-    failed: HashMap<(Arc<str>, Arc<str>), Failure>,
+    ledger: Ledger,
+    pinned: Option<Pinned>,
+    /// Failed loads by model, then by node.
+    failed: HashMap<Arc<str>, HashMap<Arc<str>, Failure>>,
     /// By node.
     cycles: HashMap<Arc<str>, Cycles>,
     /// When a model (second) on a node (first) was last seen in use, or first seen at all.
-    seen_busy: HashMap<(Arc<str>, Arc<str>), u64>,
+    seen_busy: HashMap<(Arc<str>, Arc<str>), Seen>,
     /// Since when a model has had too few replicas, or too many.
     tide: HashMap<Arc<str>, Tide>,
+}
+
+/// Models that the catalogue pins, found once for each configuration.
+struct Pinned {
+    config: Arc<Config>,
+    models: Vec<Arc<str>>,
+}
+
+impl Pinned {
+    fn of(config: &Arc<Config>) -> Self {
+        let models = config.models.iter().filter(|(_, model)| model.is_pinned());
+        Self {
+            models: models.map(|(id, _)| id.clone()).collect(),
+            config: config.clone(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Seen {
+    busy: u64,
+    /// The last time that it was there.
+    there: u64,
 }
 
 struct Wanted<W> {
@@ -132,8 +155,8 @@ impl<W> Default for Schedule<W> {
         Self {
             wanted: HashMap::new(),
             arrivals: 0,
-            begun: Begun::default(),
-            sizes: Sizes::default(),
+            ledger: Ledger::default(),
+            pinned: None,
             failed: HashMap::new(),
             cycles: HashMap::new(),
             seen_busy: HashMap::new(),
@@ -142,7 +165,7 @@ impl<W> Default for Schedule<W> {
     }
 }
 
-fn nanos(length: Duration) -> u64 {
+pub(super) fn nanos(length: Duration) -> u64 {
     u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -160,16 +183,25 @@ impl<W> Schedule<W> {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// A change is over, and the fleet's view shows it.
     pub(crate) fn ended(&mut self, ended: Ended<'_>) {
-        self.begun.end(ended.node, ended.load, ended.evict);
+        self.ledger.end(ended.node, ended.load, ended.evict);
         let Some(model) = ended.load else { return };
         self.cycles.entry(ended.node.clone()).or_default().loads += 1;
-        let key = (Arc::from(model), ended.node.clone());
         match ended.failure {
-            None => drop(self.failed.remove(&key)),
+            None => {
+                if let Some(nodes) = self.failed.get_mut(model) {
+                    nodes.remove(ended.node);
+                }
+            }
             Some(reason) => {
-                let times = self.failed.get(&key).map_or(0, |failure| failure.times);
+                let nodes = self.failed.entry(model.into()).or_default();
+                let times = nodes.get(ended.node).map_or(0, |failure| failure.times);
                 let wait = BACKOFF
                     .saturating_mul(1 << times.min(16))
                     .min(LONGEST_BACKOFF);
@@ -178,47 +210,66 @@ impl<W> Schedule<W> {
                     times: times + 1,
                     reason,
                 };
-                self.failed.insert(key, failure);
+                nodes.insert(ended.node.clone(), failure);
             }
         }
     }
 
-    /// Decides about everything, once.
+    /// Decides about all that is wanted. What has not changed since the last time, and is not wanted, costs next to nothing.
     pub(crate) fn step(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
-        self.sizes.learn(world.nodes);
-        self.begun.look(world.nodes);
+        self.ledger.see(world);
+        let pinned = match self.pinned.take() {
+            Some(pinned) if Arc::ptr_eq(&pinned.config, world.config) => pinned,
+            _ => Pinned::of(world.config),
+        };
         let forget = nanos(LONGEST_BACKOFF);
-        self.failed
-            .retain(|_, failure| failure.until.saturating_add(forget) > world.now);
-        self.pin(world, hands);
+        self.failed.retain(|_, nodes| {
+            nodes.retain(|_, failure| failure.until.saturating_add(forget) > world.now);
+            !nodes.is_empty()
+        });
+        self.pin(&pinned, world, hands);
+        self.pinned = Some(pinned);
         let mut order: Vec<(u64, Arc<str>)> = (self.wanted.iter())
             .map(|(model, wanted)| (wanted.arrival, model.clone()))
             .collect();
         order.sort_unstable();
         // first all that can be served, so that what has just come is in use before room is made for others
         order.retain(|(_, model)| !self.serve(model, hands));
+        let mut survey = Survey::default();
         for (_, model) in order {
-            self.bring(&model, world, hands);
+            self.bring(&model, world, &mut survey, hands);
         }
-        self.unload_idle(world, hands);
-        self.adjust_replicas(world, hands);
-        self.defragment(world, hands);
+    }
+
+    /// Decides about all that nobody waits for: a look at each model that is somewhere, for now and then.
+    pub(crate) fn tidy(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
+        self.ledger.see(world);
+        let mut survey = Survey::default();
+        self.unload_idle(world, &mut survey, hands);
+        self.adjust_replicas(world, &mut survey, hands);
+        self.defragment(world, &mut survey, hands);
     }
 
     /// Wants what the catalogue pins.
-    fn pin(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
-        let pinned = world.config.models.iter().filter(|(_, m)| m.is_pinned());
-        for (id, model) in pinned {
+    fn pin(&mut self, pinned: &Pinned, world: &World<'_>, hands: &mut impl Hands<W>) {
+        let mut survey = Survey::default();
+        for id in &pinned.models {
+            let Some(model) = world.config.models.get(id) else {
+                continue;
+            };
             if model.pinned_on.is_empty() {
-                if self.begun.staying(id) == 0 {
+                if self.ledger.staying(id) == 0 {
                     self.wanted_mut(id.clone());
                 }
                 continue;
             }
             for node in &model.pinned_on {
+                if self.ledger.stays_on(node, id) {
+                    continue;
+                }
                 let only = |other: &str| *other != **node;
-                if let Placement::On(spot) = self.place(id, model, world, &only) {
-                    self.start(Some(id), spot, Reason::Room, hands);
+                if let Placement::On(spot) = self.place(id, model, world, &mut survey, &only) {
+                    self.start(Some(id), spot, Reason::Room, world, &mut survey, hands);
                 }
             }
         }
@@ -226,7 +277,7 @@ impl<W> Schedule<W> {
 
     /// Gives a served model to whoever waits for it.
     fn serve(&mut self, model: &Arc<str>, hands: &mut impl Hands<W>) -> bool {
-        if self.begun.staying(model) == 0 {
+        if self.ledger.staying(model) == 0 {
             return false;
         }
         if let Some(mut wanted) = self.wanted.remove(model) {
@@ -243,7 +294,13 @@ impl<W> Schedule<W> {
     }
 
     /// Does the next thing about a model that is wanted and not served.
-    fn bring(&mut self, model: &Arc<str>, world: &World<'_>, hands: &mut impl Hands<W>) {
+    fn bring(
+        &mut self,
+        model: &Arc<str>,
+        world: &World<'_>,
+        survey: &mut Survey,
+        hands: &mut impl Hands<W>,
+    ) {
         let Some(wanted) = self.wanted.get_mut(model) else {
             return;
         };
@@ -253,23 +310,23 @@ impl<W> Schedule<W> {
             self.wanted.remove(model); // nobody is interested any more
             return;
         }
-        if self.begun.coming(model) > 0 {
+        if self.ledger.coming(model) > 0 {
             return;
         }
         let Some(entry) = entry else {
             return self.refuse(model, &Refusal::Unknown(model.clone()), hands);
         };
         if let Some(spot) = self.joined(model, world) {
-            self.start(Some(model), spot, Reason::Room, hands);
+            self.start(Some(model), spot, Reason::Room, world, survey, hands);
             return;
         }
         let failures = self.failures(model, world.now);
         if failures.len() >= NODES_TRIED {
             return self.refuse(model, &told(&failures, world.now), hands);
         }
-        match self.place(model, entry, world, &|_| false) {
+        match self.place(model, entry, world, survey, &|_| false) {
             Placement::On(spot) => {
-                self.start(Some(model), spot, Reason::Room, hands);
+                self.start(Some(model), spot, Reason::Room, world, survey, hands);
             }
             Placement::Busy => {}
             Placement::TooLarge {
@@ -294,12 +351,13 @@ impl<W> Schedule<W> {
     /// Where another gateway, or a person, has the model loaded now: that load is joined.
     fn joined(&self, model: &Arc<str>, world: &World<'_>) -> Option<Spot> {
         let failed = self.failed_now(model, world.now);
-        let loading = world.nodes.iter().find_map(|node| {
+        let held = self.ledger.there(model).iter();
+        let mut loading = held.filter(|held| held.state == ModelState::Loading);
+        let (node, status) = loading.find_map(|held| {
+            let node = &world.nodes[held.node];
             let status = node.model(model)?;
-            let loading = status.state == ModelState::Loading;
-            (node.can_load() && loading && !failed(&node.name)).then_some((node, status))
-        });
-        let (node, status) = loading?;
+            (node.can_load() && !failed(&node.name)).then_some((node, status))
+        })?;
         Some(Spot {
             node: node.name.clone(),
             devices: status.devices.iter().map(|id| id.as_str().into()).collect(),
@@ -314,25 +372,24 @@ impl<W> Schedule<W> {
         id: &Arc<str>,
         model: &Model,
         world: &World<'_>,
+        survey: &mut Survey,
         except: &dyn Fn(&str) -> bool,
     ) -> Placement {
         let failed = self.failed_now(id, world.now);
         let not_there = |node: &str| except(node) || failed(node);
-        placement::place(id, model, world, &self.begun, &self.sizes, &not_there)
+        placement::place(id, model, world, &self.ledger, survey, &not_there)
     }
 
-    fn failed_now<'a>(&'a self, model: &'a Arc<str>, now: u64) -> impl Fn(&str) -> bool + 'a {
-        move |node| {
-            let key = (model.clone(), Arc::from(node));
-            !self.failed.is_empty() && self.failed.get(&key).is_some_and(|f| f.until > now)
-        }
+    fn failed_now(&self, model: &str, now: u64) -> impl Fn(&str) -> bool {
+        let nodes = self.failed.get(model);
+        move |node| nodes.is_some_and(|nodes| nodes.get(node).is_some_and(|f| f.until > now))
     }
 
     fn failures(&self, model: &str, now: u64) -> Vec<&Failure> {
-        let failed = self.failed.iter();
-        failed
-            .filter(|((failed, _), failure)| **failed == *model && failure.until > now)
+        let failures = self.failed.get(model).into_iter().flatten();
+        failures
             .map(|(_, failure)| failure)
+            .filter(|failure| failure.until > now)
             .collect()
     }
 
@@ -348,6 +405,8 @@ impl<W> Schedule<W> {
         load: Option<&Arc<str>>,
         spot: Spot,
         reason: Reason,
+        world: &World<'_>,
+        survey: &mut Survey,
         hands: &mut impl Hands<W>,
     ) -> bool {
         let drain = reason == Reason::Replicas && load.is_none();
@@ -364,7 +423,14 @@ impl<W> Schedule<W> {
             reason,
         };
         hands.begin(&change);
-        self.begun.begin(change);
+        // what leaves here may be the last replica but one elsewhere
+        let leaving = change.evict.iter();
+        let nodes = leaving.flat_map(|model| self.ledger.there(model));
+        nodes.for_each(|held| survey.forget(held.node));
+        if let Some(at) = self.ledger.find(&change.node) {
+            survey.forget(at);
+        }
+        self.ledger.begin(change, world.config);
         true
     }
 
@@ -373,6 +439,8 @@ impl<W> Schedule<W> {
         node: &Arc<str>,
         models: Vec<Arc<str>>,
         reason: Reason,
+        world: &World<'_>,
+        survey: &mut Survey,
         hands: &mut impl Hands<W>,
     ) -> bool {
         let spot = Spot {
@@ -382,63 +450,65 @@ impl<W> Schedule<W> {
             evict: models,
             why: Why::MostRoom,
         };
-        self.start(None, spot, reason, hands)
+        self.start(None, spot, reason, world, survey, hands)
     }
 
     /// Lets models go that nobody has used for as long as the catalogue says.
-    fn unload_idle(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
-        if world
-            .config
-            .models
-            .values()
-            .all(|model| model.keep_alive.is_none())
-        {
-            return;
-        }
-        let mut there = HashSet::new();
+    fn unload_idle(&mut self, world: &World<'_>, survey: &mut Survey, hands: &mut impl Hands<W>) {
+        let now = world.now;
         let mut due = Vec::new();
-        for node in world.nodes.iter().filter(|node| node.can_load()) {
-            for status in &node.models {
-                let entry = world.config.models.get_key_value(status.id.as_str());
-                let Some((id, keep_alive)) = entry.and_then(|(id, model)| {
-                    let keep_alive = model.keep_alive.filter(|_| !model.is_pinned());
-                    Some((id.clone(), keep_alive?))
-                }) else {
-                    continue;
-                };
-                if status.state != ModelState::Loaded || self.begun.is_leaving(&node.name, &id) {
-                    continue;
+        for number in self.ledger.somewhere() {
+            let holding = self.ledger.holding(number);
+            let Some(keep_alive) = holding.rule.keep_alive else {
+                continue;
+            };
+            let id = &holding.name;
+            let last = self.ledger.staying_on(holding).nth(1).is_none();
+            let leased = last && ((world.leases)(id) > 0 || self.wanted.contains_key(id));
+            let staying = self.ledger.staying_on(holding).map(|account| &account.node);
+            for node in staying.filter(|node| node.can_load()) {
+                let Use { active, last_used } = (world.usage)(&node.name, id);
+                let elsewhere = node.model(id).map_or(0, |status| status.in_flight);
+                let key = (node.name.clone(), id.clone());
+                let seen = (self.seen_busy.entry(key.clone())).or_insert(Seen {
+                    busy: now,
+                    there: now,
+                });
+                seen.there = now;
+                if active > 0 || elsewhere > 0 || leased {
+                    seen.busy = now;
                 }
-                let Use { active, last_used } = (world.usage)(&node.name, &id);
-                let last = self.begun.staying(&id) < 2;
-                let leased = last && ((world.leases)(&id) > 0 || self.wanted.contains_key(&id));
-                let key = (node.name.clone(), id);
-                let seen = self.seen_busy.entry(key.clone()).or_insert(world.now);
-                if active > 0 || status.in_flight > 0 || leased {
-                    *seen = world.now;
+                if now.saturating_sub(last_used.max(seen.busy)) >= keep_alive {
+                    due.push(key);
                 }
-                let idle = world.now.saturating_sub(last_used.max(*seen));
-                if idle >= nanos(keep_alive) {
-                    due.push(key.clone());
-                }
-                there.insert(key);
             }
         }
-        self.seen_busy.retain(|key, _| there.contains(key));
+        self.seen_busy.retain(|_, seen| seen.there == now);
         for (node, model) in due {
-            self.unload(&node, vec![model], Reason::Idle, hands);
+            if !self.ledger.stays_on(&node, &model) {
+                continue; // a node that tells of it twice
+            }
+            self.unload(&node, vec![model], Reason::Idle, world, survey, hands);
         }
     }
 
     /// Gives a hot model another replica where there is room for it, and takes one away when the others can do its work.
-    fn adjust_replicas(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
+    fn adjust_replicas(
+        &mut self,
+        world: &World<'_>,
+        survey: &mut Survey,
+        hands: &mut impl Hands<W>,
+    ) {
         let limits = world.config.replicas;
-        let several = |model: &&Model| model.max_replicas > 1 && model.pinned_on.is_empty();
-        let models = world.config.models.iter().filter(|(_, m)| several(m));
-        for (id, model) in models {
-            let count = self.begun.staying(id);
-            let (queue, idlest) = self.queue(id, world);
-            let now = world.now;
+        let now = world.now;
+        self.tide.retain(|id, _| self.ledger.staying(id) > 0);
+        let several = |number: &usize| self.ledger.holding(*number).rule.several;
+        let several: Vec<usize> = self.ledger.somewhere().filter(several).collect();
+        for number in several {
+            let holding = self.ledger.holding(number);
+            let count = self.ledger.staying_on(holding).count();
+            let (queue, idlest) = self.queue(holding, world);
+            let id = &holding.name.clone();
             let high = count > 0 && queue > limits.above * count;
             let low = count > 1 && 2 * queue <= limits.above * (count - 1);
             let tide = match (high, low, self.tide.get(id)) {
@@ -454,19 +524,22 @@ impl<W> Schedule<W> {
             self.tide.insert(id.clone(), tide);
             match tide {
                 Tide::High(since) if now - since >= nanos(limits.after) => {
-                    if count + self.begun.coming(id) < model.max_replicas
-                        && let Placement::On(spot) = self.place(id, model, world, &|_| false)
+                    if let Some(model) = world.config.models.get(id)
+                        && count + self.ledger.coming(id) < model.max_replicas
+                        && let Placement::On(spot) =
+                            self.place(id, model, world, survey, &|_| false)
                         && spot.evict.is_empty()
-                        && self.start(Some(id), spot, Reason::Replicas, hands)
+                        && self.start(Some(id), spot, Reason::Replicas, world, survey, hands)
                     {
                         self.tide.remove(id);
                     }
                 }
                 Tide::Low(since) if now - since >= nanos(limits.retire_after) => {
-                    if let Some(node) = idlest
-                        && self.unload(&node, vec![id.clone()], Reason::Replicas, hands)
-                    {
-                        self.tide.remove(id);
+                    if let Some(node) = idlest {
+                        let models = vec![id.clone()];
+                        if self.unload(&node, models, Reason::Replicas, world, survey, hands) {
+                            self.tide.remove(id);
+                        }
                     }
                 }
                 _ => {}
@@ -475,34 +548,31 @@ impl<W> Schedule<W> {
     }
 
     /// Requests that a model's replicas have, and the node of the one with the fewest.
-    fn queue(&self, id: &Arc<str>, world: &World<'_>) -> (usize, Option<Arc<str>>) {
+    fn queue(&self, holding: &Holding, world: &World<'_>) -> (usize, Option<Arc<str>>) {
+        let id = &holding.name;
         let mut queue = 0;
-        let mut idlest: Option<((usize, u64), &NodeView)> = None;
-        for node in world.nodes.iter().filter(|node| node.can_load()) {
-            let Some(status) = node.model(id) else {
-                continue;
-            };
-            if status.state != ModelState::Loaded || self.begun.is_leaving(&node.name, id) {
-                continue;
-            }
+        let mut idlest: Option<((usize, u64), Arc<str>)> = None;
+        let staying = self.ledger.staying_on(holding).map(|account| &account.node);
+        for node in staying.filter(|node| node.can_load()) {
             let Use { active, last_used } = (world.usage)(&node.name, id);
-            let there = active.max(usize::try_from(status.in_flight).unwrap_or(usize::MAX));
+            let elsewhere = node.model(id).map_or(0, |status| status.in_flight);
+            let there = active.max(usize::try_from(elsewhere).unwrap_or(usize::MAX));
             queue += there;
-            if idlest.is_none_or(|(least, _)| (there, last_used) < least) {
-                idlest = Some(((there, last_used), node));
+            if (idlest.as_ref()).is_none_or(|(least, _)| (there, last_used) < *least) {
+                idlest = Some(((there, last_used), node.name.clone()));
             }
         }
-        (queue, idlest.map(|(_, node)| node.name.clone()))
+        (queue, idlest.map(|(_, node)| node))
     }
 
     /// Clears nodes that have seen many loads, serve nobody now, and have less memory than they should.
-    fn defragment(&mut self, world: &World<'_>, hands: &mut impl Hands<W>) {
+    fn defragment(&mut self, world: &World<'_>, survey: &mut Survey, hands: &mut impl Hands<W>) {
         let limit = world.config.eviction.defrag_after_cycles;
         if limit == 0 {
             return;
         }
-        for node in world.nodes.iter().filter(|node| node.can_load()) {
-            if !self.begun.on(&node.name).is_empty() {
+        for (at, node) in world.nodes.iter().enumerate() {
+            if !node.can_load() || self.ledger.accounts()[at].changing {
                 continue;
             }
             let all: u64 = node.devices.iter().map(|device| device.total_bytes).sum();
@@ -518,16 +588,17 @@ impl<W> Schedule<W> {
             if cycles.loads < limit || !lost || !self.wanted.is_empty() {
                 continue;
             }
-            let residents = placement::residents(node, world, &self.begun);
+            let residents = survey.of(at, world, &self.ledger);
             if residents.is_empty() || residents.iter().any(|resident| resident.kept) {
                 continue;
             }
             *cycles = Cycles::default();
-            let models = residents.into_iter().map(|resident| resident.model);
-            self.unload(&node.name, models.collect(), Reason::Defragmentation, hands);
+            let models = residents.iter().map(|resident| resident.model.clone());
+            let (models, reason) = (models.collect(), Reason::Defragmentation);
+            self.unload(&node.name, models, reason, world, survey, hands);
         }
-        let known = |name: &Arc<str>| world.nodes.iter().any(|node| node.name == *name);
-        self.cycles.retain(|node, _| known(node));
+        let ledger = &self.ledger;
+        self.cycles.retain(|node, _| ledger.find(node).is_some());
     }
 }
 

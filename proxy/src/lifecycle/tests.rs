@@ -1,6 +1,7 @@
 //! Random runs of the schedule over a simulated fleet, and what must hold at every step.
 
-use super::placement::{Change, Reason, Use, World};
+use super::ledger::{Change, Reason};
+use super::placement::{Use, World};
 use super::plan::plan;
 use super::schedule::{Ended, Hands, Refusal, Schedule};
 use crate::config::{Config, Model, Replicas, Strategy};
@@ -236,10 +237,10 @@ impl Hands<usize> for Fleet {
 
 struct Simulation {
     random: StdRng,
-    config: Config,
+    config: Arc<Config>,
     fleet: Fleet,
     /// What was last seen.
-    view: Vec<NodeView>,
+    view: Vec<Arc<NodeView>>,
     schedule: Schedule<usize>,
     deadlines: Vec<u64>,
 }
@@ -280,8 +281,8 @@ impl Simulation {
         };
         Self {
             random,
-            config: config(models, strategy),
-            view: nodes.clone(),
+            config: Arc::new(config(models, strategy)),
+            view: nodes.iter().cloned().map(Arc::new).collect(),
             fleet: Fleet {
                 nodes,
                 sizes,
@@ -305,7 +306,7 @@ impl Simulation {
         for model in &mut seen.models {
             model.in_flight = self.fleet.in_flight(&seen.name, &model.id) as u64;
         }
-        self.view[node] = seen;
+        self.view[node] = Arc::new(seen);
     }
 
     /// Something happens, and the schedule has its say.
@@ -357,6 +358,8 @@ impl Simulation {
             },
         };
         self.schedule.step(&world, &mut self.fleet);
+        self.schedule.tidy(&world, &mut self.fleet);
+        self.schedule.ledger().check(&world);
     }
 
     /// A change goes on, or ends well or badly.
@@ -523,10 +526,10 @@ fn random_runs_keep_every_promise() {
 /// One look of a fresh schedule at a fleet; what it begins.
 fn begun(config: &Config, nodes: &[NodeView], wanted: &[&str]) -> Vec<Change> {
     let mut simulation = Simulation::new(0);
-    simulation.config = config.clone();
+    simulation.config = Arc::new(config.clone());
     simulation.fleet.nodes = nodes.to_vec();
     simulation.fleet.pinned.clear();
-    simulation.view = nodes.to_vec();
+    simulation.view = nodes.iter().cloned().map(Arc::new).collect();
     for model in wanted {
         simulation.fleet.fates.push(Fate::Waits);
         let waiter = simulation.fleet.fates.len() - 1;
@@ -612,5 +615,5 @@ here    gpu-1                             it is served there
 next    gpu-1  cuda:0   50.0 GiB  here    the least has to leave there: 20.0 GiB
 wide                                      no node is up that may have it
 ";
-    assert_eq!(plan(&config, &view), expected);
+    assert_eq!(plan(&Arc::new(config), &view), expected);
 }

@@ -16,7 +16,7 @@ use pingora_core::{Error, ErrorType};
 use pingora_http::ResponseHeader;
 use protocol::{ApiError, ErrorKind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 use tower::Service;
@@ -48,16 +48,45 @@ pub(crate) struct Serving {
 pub(crate) struct Gateway {
     serving: Arc<ArcSwap<Serving>>,
     draining: Arc<AtomicBool>,
+    open: Open,
     options: HttpServerOptions,
 }
 
+/// Requests from the end of their head to the end of their answer. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    pub(crate) fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn enter(&self) -> Entered<'_> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Entered(&self.0)
+    }
+}
+
+struct Entered<'a>(&'a AtomicUsize);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Gateway {
-    pub(crate) fn new(serving: Arc<ArcSwap<Serving>>, draining: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(
+        serving: Arc<ArcSwap<Serving>>,
+        draining: Arc<AtomicBool>,
+        open: Open,
+    ) -> Self {
         let mut options = HttpServerOptions::default();
         options.h2c = true; // clients that know it begin with HTTP/2's preface, others are spoken to as ever
         Self {
             serving,
             draining,
+            open,
             options,
         }
     }
@@ -264,6 +293,7 @@ impl HttpServerApp for Gateway {
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
         self.next_request(&mut session).await?;
+        let _entered = self.open.enter();
         if *shutdown.borrow() {
             session.set_keepalive(None);
         }

@@ -1,7 +1,7 @@
 //! The process: listeners, background tasks, and how it ends.
 
 use super::certificates::{Certificates, Shown};
-use super::downstream::Gateway;
+use super::downstream::{Gateway, Open};
 use crate::admin;
 use crate::app::App;
 use crate::config::Tls;
@@ -10,19 +10,28 @@ use pingora_core::apps::http_app::ServeHttp;
 use pingora_core::listeners::tls::TlsSettings;
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::server::configuration::{Opt, ServerConf};
-use pingora_core::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora_core::server::{
+    ExecutionPhase, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch,
+};
 use pingora_core::services::background::{BackgroundService, background_service};
 use pingora_core::services::listening::Service;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep};
 
 /// Seconds that a new process waits for the sockets of the old one.
 const HANDOVER: usize = 30;
+/// How often a process that is to end looks whether it may.
+const LOOK: Duration = Duration::from_millis(20);
+/// Longest time from the last connection that a process accepts to the head of its request; after a hand-over.
+const ARRIVING: Duration = Duration::from_secs(1);
 
 /// Why the gateway cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +70,7 @@ pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
     let conf = ServerConf {
         threads: config.threads,
         graceful_shutdown_timeout_seconds: Some(1),
-        // after a hand-over, for what runs here
+        // after a hand-over, for what runs here; see `run_until_empty`
         grace_period_seconds: Some(config.drain.as_secs()),
         upgrade_sock: config.upgrade_socket.to_string_lossy().into_owned(),
         upgrade_sock_connect_accept_max_retries: Some(HANDOVER),
@@ -80,7 +89,8 @@ pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
     let mut server = Server::new_with_opt_and_conf(Some(opt), conf);
     server.bootstrap();
 
-    let gateway = Gateway::new(app.serving.clone(), app.draining.clone());
+    let open = Open::default();
+    let gateway = Gateway::new(app.serving.clone(), app.draining.clone(), open.clone());
     let mut gateway = Service::new("gateway".into(), gateway);
     gateway.add_tcp(&config.listen.to_string());
     if let Some(tls) = tls {
@@ -104,10 +114,59 @@ pub(crate) fn run(app: &Arc<App>, upgrade: bool) -> Result<(), Unavailable> {
         config.metrics_listen
     );
     drop(config);
-    server.run(RunArgs {
-        shutdown_signal: Box::new(Stop(app.clone())),
-    });
+    run_until_empty(server, app, open).map_err(Unavailable::System)
+}
+
+/// Runs the server to its end. After a hand-over it would wait for the whole of its grace period; here it is done with
+/// as soon as nothing is open any more.
+fn run_until_empty(server: Server, app: &Arc<App>, open: Open) -> std::io::Result<()> {
+    let mut phases = server.watch_execution_phase();
+    let stop = Stop {
+        app: app.clone(),
+        open: open.clone(),
+    };
+    let (says, hears) = mpsc::channel();
+    let ended = says.clone();
+    let run = move || {
+        server.run(RunArgs {
+            shutdown_signal: Box::new(stop),
+        });
+        let _ = ended.send(End::Come); // it may have come already
+    };
+    let watch = move || {
+        loop {
+            match phases.blocking_recv() {
+                Ok(ExecutionPhase::ShutdownGracePeriod) => break,
+                Ok(_) | Err(RecvError::Lagged(_)) => {}
+                Err(RecvError::Closed) => return,
+            }
+        }
+        let _ = says.send(End::Near);
+    };
+    let server = thread::Builder::new().name("server".into()).spawn(run)?;
+    thread::Builder::new()
+        .name("hand-over".into())
+        .spawn(watch)?;
+    let mut end = hears.recv().map_err(|_| RecvTimeoutError::Disconnected);
+    if end == Ok(End::Near) {
+        end = hears.recv_timeout(ARRIVING);
+    }
+    while end == Err(RecvTimeoutError::Timeout) && open.count() > 0 {
+        end = hears.recv_timeout(LOOK);
+    }
+    if end == Err(RecvTimeoutError::Disconnected) {
+        // both have gone without a word, which is a panic of the server's
+        let Ok(()) = server.join().map_err(std::panic::resume_unwind);
+    }
     Ok(())
+}
+
+/// How far the server is from its end.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// It takes nothing new any more.
+    Near,
+    Come,
 }
 
 /// What a TLS listener needs.
@@ -160,7 +219,10 @@ impl BackgroundService for Background {
 
 /// SIGTERM and the first SIGINT drain: new requests are refused, running ones may end within the bound.
 /// A second SIGINT does not wait. SIGQUIT hands the listening sockets to a process that waits for them.
-struct Stop(Arc<App>);
+struct Stop {
+    app: Arc<App>,
+    open: Open,
+}
 
 #[async_trait]
 impl ShutdownSignalWatch for Stop {
@@ -172,10 +234,10 @@ impl ShutdownSignalWatch for Stop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                () = self.0.stop.notified() => break,
+                () = self.app.stop.notified() => break,
                 _ = quit.recv() => {}
             }
-            let socket = &self.0.config().upgrade_socket;
+            let socket = &self.app.config().upgrade_socket;
             if socket.exists() {
                 tracing::info!("handing the listening sockets over");
                 return ShutdownSignal::GracefulUpgrade;
@@ -185,17 +247,17 @@ impl ShutdownSignalWatch for Stop {
                 socket.display()
             );
         }
-        self.0.draining.store(true, Ordering::Relaxed);
-        let bound = self.0.config().drain;
+        self.app.draining.store(true, Ordering::Relaxed);
+        let bound = self.app.config().drain;
         tracing::info!(
-            in_flight = self.0.metrics.exchanges.in_flight(),
+            in_flight = self.open.count(),
             "draining for at most {} s",
             bound.as_secs()
         );
         let deadline = Instant::now() + bound;
-        while self.0.metrics.exchanges.in_flight() > 0 && Instant::now() < deadline {
+        while self.open.count() > 0 && Instant::now() < deadline {
             tokio::select! {
-                () = sleep(Duration::from_millis(20)) => {}
+                () = sleep(LOOK) => {}
                 _ = interrupt.recv() => break,
             }
         }
