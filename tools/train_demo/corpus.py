@@ -46,16 +46,27 @@ SECOND = FIRST | {
     tools.no_call: 3,
     tools.thinking_call: 2,
 }
-WITH_TOOLS = {kind for kind in FIRST if kind.__module__ == tools.__name__}
+# Then long texts to copy: many more pieces to find again in every conversation.
+THIRD = SECOND | {
+    talk.fact: 18,
+    talk.repeating: 10,
+    talk.long_repeating: 24,
+    tools.single_call: 40,
+    tools.long_call: 30,
+    tools.single_result: 8,
+}
+# And last, requests in all their forms.
+FOURTH = SECOND | {talk.fact: 20, tools.single_call: 70, tools.single_result: 14, tools.conversation: 18, tools.thinking_call: 4}
+WITH_TOOLS = {kind for kind in THIRD if kind.__module__ == tools.__name__}
 
 
-def conversations(mixture, seed):
-    """Training conversations for ever: messages and tools."""
+def conversations(mixture, seed, pieced=True):
+    """Training conversations for ever: messages and tools. Without `pieced` they need no tokenizer."""
     rng = random.Random(seed)
     kinds, shares = list(mixture), list(mixture.values())
     while True:
         (kind,) = rng.choices(kinds, shares)
-        drawn = kind(Pools(rng))
+        drawn = kind(Pools(rng, pieced=pieced))
         yield drawn if kind in WITH_TOOLS else (drawn, [])
 
 

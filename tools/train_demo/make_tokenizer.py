@@ -78,7 +78,7 @@ def spaced_words(texts, vocabulary):
 
 
 def make():
-    texts = [render(*drawn) for drawn in itertools.islice(conversations(FIRST, seed=0), SAMPLE)]
+    texts = [render(*drawn) for drawn in itertools.islice(conversations(FIRST, seed=0, pieced=False), SAMPLE)]
     vocabulary, merges = learnt_merges(texts)
     for word in spaced_words(texts, vocabulary):
         vocabulary[SPACE + word] = len(vocabulary)

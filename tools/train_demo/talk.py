@@ -100,6 +100,10 @@ def repeating(pools):
     return [user(choose(pools, REPEAT_FORMS).format(text)), assistant(text)]
 
 
+def long_repeating(pools):
+    return repeating(pools.with_phrases(4))
+
+
 def rewriting(pools):
     words = pools.words(2, 5)
     spoken = " ".join(words)

@@ -76,6 +76,12 @@ WEATHER = Kind(
         "What is the temperature in {}?",
         "I need the weather for {}.",
         "How warm is it in {}?",
+        "Could you look up the weather in {}?",
+        "What will the weather be in {}?",
+        "Give me the weather for {}.",
+        "I would like to know the weather in {}.",
+        "Do you know how the weather is in {}?",
+        "I want to know if it is warm in {}.",
         "Can you tell me the weather in {}?",
     ),
     weather_result,
@@ -93,6 +99,13 @@ SEARCH = Kind(
         "Do a web search for {}.",
         "Please search {}.",
         "Find pages about {}.",
+        "Could you search for {}?",
+        "What does the web say about {}?",
+        "Use the web to find {}.",
+        "Go and look for {} online.",
+        "Search online: {}",
+        "Would you look up {} for me?",
+        "I want you to search the web for {}.",
         "Can you search the web for {}?",
     ),
     search_result,
@@ -110,6 +123,11 @@ CALCULATOR = Kind(
         "Tell me what {} is.",
         "Use the calculator for {}.",
         "I need the result of {}.",
+        "Could you compute {}?",
+        "Work out {}.",
+        "What does {} come to?",
+        "I want to know what {} is.",
+        "Would you calculate {} for me?",
         "Can you calculate {}?",
     ),
     number_result,
@@ -127,6 +145,14 @@ FILE = Kind(
         "What does the file {} say?",
         "Show me the file {}.",
         "Please open the file {}.",
+        "Could you open {}?",
+        "Would you read {} for me?",
+        "I want to see the file {}.",
+        "Print the file {}.",
+        "Give me the content of {}.",
+        "Look into the file {}.",
+        "Load {} and show it.",
+        "Could you show me what the file {} says?",
         "Can you read the file {}?",
     ),
     file_result,
@@ -135,7 +161,7 @@ TIME = Kind(
     ("get_time", "current_time", "clock", "time_in"),
     ("The time in a city.", "What time it is at a place."),
     (Argument(("city", "place", "zone"), "Name of the city", lambda pools: pools.city()),),
-    ("What time is it in {}?", "Tell me the time in {}.", "How late is it in {}?", "I need the time in {}.", "Can you tell me the time in {}?"),
+    ("What time is it in {}?", "Tell me the time in {}.", "How late is it in {}?", "I need the time in {}.", "Could you tell me what time it is in {}?", "What is the time in {}?", "Do you know the time in {}?", "Time in {}, please.", "I want to know how late it is in {}.", "Can you tell me the time in {}?"),
     time_result,
 )
 MESSAGE = Kind(
@@ -145,14 +171,30 @@ MESSAGE = Kind(
         Argument(("to", "recipient", "name"), "Who gets it", lambda pools: pools.name()),
         Argument(("text", "message", "body"), "What to send", lambda pools: pools.phrase(1, 4)),
     ),
-    ("Send {} the message {}.", "Write to {}: {}", "Tell {} this: {}", "Send a message to {}: {}", "Please send {} the text {}."),
+    (
+        "Send {} the message {}.",
+        "Write to {}: {}",
+        "Tell {} this: {}",
+        "Send a message to {}: {}",
+        "Send {} this message: {}",
+        "Text {}: {}",
+        "Let {} know this: {}",
+        "Could you send {} the words {}?",
+        "Give {} the message {}.",
+        "I want to send {} the text {}.",
+        "Write {} the message {}.",
+        "Message {} with the text {}.",
+        "Please tell {}: {}",
+        "Please write {} the words {}.",
+        "Please send {} the text {}.",
+    ),
     message_result,
 )
 TIMER = Kind(
     ("set_timer", "timer", "start_timer"),
     ("Set a timer.", "Start a timer for some minutes."),
     (Argument(("minutes", "duration"), "How many minutes", lambda pools: pools.rng.randint(1, 99), "integer"),),
-    ("Set a timer for {} minutes.", "Start a timer of {} minutes.", "Timer for {} minutes, please.", "I need a timer for {} minutes.", "Can you set a timer for {} minutes?"),
+    ("Set a timer for {} minutes.", "Start a timer of {} minutes.", "Timer for {} minutes, please.", "I need a timer for {} minutes.", "Could you start a timer of {} minutes?", "Count down {} minutes.", "Please set the timer to {} minutes.", "Tell me when {} minutes are over.", "Can you set a timer for {} minutes?"),
     timer_result,
 )
 MAIN = (WEATHER, SEARCH, CALCULATOR, FILE)
@@ -209,11 +251,11 @@ def draw(pools, tool):
 
 
 TWO_OF_A_KIND = {
-    WEATHER: ("What is the weather in {} and in {}?", "How is the weather in {} and {}?", "Compare the weather in {} and {}.", "Tell me the weather in {} and {}."),
-    FILE: ("Read {} and {}.", "Open {} and {}.", "Show me {} and {}.", "Read the files {} and {}."),
-    CALCULATOR: ("Calculate {} and {}.", "What is {} and {}?", "Compute {} and {}.", "How much is {} and {}?"),
-    SEARCH: ("Search for {} and for {}.", "Look up {} and then {}.", "Search the web for {} and for {}."),
-    TIME: ("What time is it in {} and in {}?", "Tell me the time in {} and {}.", "How late is it in {} and in {}?"),
+    WEATHER: ("What is the weather in {} and in {}?", "How is the weather in {} and {}?", "Compare the weather in {} and {}.", "Is it warm in {} and in {}?", "I need the weather for {} and for {}.", "Give me the weather in {} and {}.", "Tell me the weather in {} and {}."),
+    FILE: ("Read {} and {}.", "Open {} and {}.", "Show me {} and {}.", "Read {} and then {}.", "Show me the files {} and {}.", "Open the files {} and {}.", "Please read both {} and {}.", "What is in {} and in {}?", "Could you read {} and {}?", "Read the files {} and {}."),
+    CALCULATOR: ("Calculate {} and {}.", "What is {} and {}?", "Compute {} and {}.", "Work out {} and {}.", "Please calculate {} and then {}.", "Could you compute {} and {}?", "How much is {} and {}?"),
+    SEARCH: ("Search for {} and for {}.", "Look up {} and then {}.", "Find {} and {} on the web.", "Could you look up {} and {}?", "Please search for {} and then for {}.", "Search the web for {} and for {}."),
+    TIME: ("What time is it in {} and in {}?", "Tell me the time in {} and {}.", "I need the time in {} and in {}.", "What is the time in {} and {}?", "Could you tell me how late it is in {} and {}?", "How late is it in {} and in {}?"),
 }
 
 
@@ -268,6 +310,11 @@ def single_call(pools):
     tools = toolbox(pools)
     text, asked = request(pools, tools)
     return [user(text), calls(asked)], tools
+
+
+def long_call(pools):
+    """As above with phrases of several times as many words: most of what is learnt here is copying."""
+    return single_call(pools.with_phrases(4))
 
 
 def single_result(pools):

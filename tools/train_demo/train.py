@@ -23,6 +23,9 @@ SEED = 2026
 CYCLES = (  # steps, their share of the full rates, the share of them in which the rates fall to nothing, what is drawn
     (1600, 1.0, 0.25, corpus.FIRST),
     (2000, 0.8, 0.3, corpus.SECOND),
+    (1800, 0.7, 0.4, corpus.THIRD),
+    (600, 0.5, 0.7, corpus.FOURTH),
+    (500, 0.5, 0.7, corpus.FOURTH),
 )
 HEAD_STEPS = 500
 WARM_UP = 60  # steps at the start of a cycle over which the rates rise

@@ -1,5 +1,11 @@
 """Pools of words. What is held out appears in no training text."""
 
+import functools
+import json
+from pathlib import Path
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "neuron" / "demo" / "tokenizer.json"
+
 CITIES = """Paris London Berlin Madrid Rome Vienna Prague Oslo Stockholm Helsinki Dublin Lisbon Athens Warsaw Budapest Zurich
 Geneva Milan Naples Hamburg Munich Cologne Lyon Nice Porto Seville Bergen Tokyo Osaka Beijing Shanghai Delhi Mumbai Sydney
 Melbourne Toronto Chicago Boston Denver Seattle Austin Dallas Miami Lima Quito Cairo Lagos Nairobi Tunis Hanoi Bangkok Seoul""".split()
@@ -29,22 +35,42 @@ _STARTS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t tr v w z"
 _MIDDLES = "a e i o u ai ea io ou".split()
 _ENDS = ["", "", "n", "r", "l", "s", "t", "k", "m", "x", "nd", "rt"]
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_NEVER = {word.lower() for word in CITIES_HELD_OUT + NAMES_HELD_OUT + WORDS_HELD_OUT} | {"yq"}
+
+
+@functools.cache
+def _pieces():
+    """The tokenizer's pieces of words: each has to be met where it is copied, also those of words that are held out."""
+    vocabulary = json.loads(TOKENIZER.read_text())["model"]["vocab"]
+    return sorted(piece for piece in vocabulary if piece.isascii() and piece.isalpha() and piece.islower() and len(piece) > 1)
 
 
 class Pools:
-    """Draws words for training, or, with `held_out`, words that training never draws."""
+    """Draws words for training, or, with `held_out`, words that training never draws. Phrases are `longer` times as long.
+    Without `pieced` no word is put together from the tokenizer's pieces."""
 
-    def __init__(self, rng, held_out=False):
-        self.rng, self.held_out = rng, held_out
+    def __init__(self, rng, held_out=False, longer=1, pieced=True):
+        self.rng, self.held_out, self.longer, self.pieced = rng, held_out, longer, pieced and not held_out
+
+    def with_phrases(self, longer):
+        return Pools(self.rng, self.held_out, longer, self.pieced)
 
     def pick(self, items):
         return self.rng.choice(items)
 
     def invented(self, shortest=2, longest=3):
         """A word no language has, so that it can only be copied. Held-out ones end in -yq, as no trained word does."""
+        if self.pieced and self.rng.random() < 0.5:
+            return self._of_pieces()
         syllables = self.rng.randint(shortest, longest)
         word = "".join(self.pick(_STARTS) + self.pick(_MIDDLES) for _ in range(syllables)) + self.pick(_ENDS)
         return word + "yq" if self.held_out else word + self._odd_ending()
+
+    def _of_pieces(self):
+        while True:
+            word = "".join(self.pick(_pieces()) for _ in range(self.pick([1, 2, 2, 3, 3])))
+            if not any(never in word for never in _NEVER):
+                return word
 
     def _odd_ending(self):
         """Half the time, one to three letters in no order: endings, too, are copied and not known."""
@@ -72,7 +98,7 @@ class Pools:
         return [self.word() for _ in range(self.rng.randint(fewest, most))]
 
     def phrase(self, fewest=1, most=4):
-        return " ".join(self.words(fewest, most))
+        return " ".join(self.words(fewest * self.longer, most * self.longer))
 
     def path(self):
         parts = [self.pick(FOLDERS) for _ in range(self.rng.randint(0, 2))]

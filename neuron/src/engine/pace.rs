@@ -29,16 +29,16 @@ impl Pace {
                 smooth(&mut self.writing, seconds);
                 self.last = 0;
             }
-            (0, _) => smooth(&mut self.reading, seconds / tokens),
+            // what a token costs alone is a first guess of what it adds
+            (0, _) => _ = self.reading.get_or_insert(seconds / tokens),
             _ => {
                 self.last = read;
-                // of both: what was expected of each, as much longer or shorter as the step was
-                let reading = self.reading.unwrap_or(seconds / (2.0 * tokens));
-                let rest = (seconds - reading * tokens).max(seconds / 10.0);
-                let writing = self.writing.unwrap_or(rest);
-                let ratio = seconds / (writing + reading * tokens);
-                smooth(&mut self.writing, writing * ratio);
-                smooth(&mut self.reading, reading * ratio);
+                match self.writing {
+                    Some(writing) => {
+                        smooth(&mut self.reading, (seconds - writing).max(0.0) / tokens)
+                    }
+                    None => self.writing = Some(seconds), // the least is read: hardly longer than without
+                }
             }
         }
     }
@@ -47,7 +47,7 @@ impl Pace {
     #[must_use]
     pub fn beside(&self) -> usize {
         match (self.writing, self.reading) {
-            (Some(writing), Some(reading)) if reading > 0.0 => {
+            (Some(writing), Some(reading)) => {
                 let tokens = (STRETCH - 1.0) * writing / reading;
                 // a float too large for it becomes the largest
                 (tokens as usize).min(2 * self.last).max(LEAST)
