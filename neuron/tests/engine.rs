@@ -103,6 +103,7 @@ async fn answers(
             max_waiting: 100,
             max_prompt_tokens: 100_000,
         },
+        stretch: f64::INFINITY,
         bounds: Bounds {
             max_running: serving.max_running,
             prefill_tokens: serving.prefill_tokens,
@@ -272,6 +273,7 @@ async fn a_long_prompt_hardly_delays_those_that_write() {
             max_waiting: 100,
             max_prompt_tokens: 100_000,
         },
+        stretch: 2.5,
         bounds: Bounds {
             max_running: 16,
             prefill_tokens: 128,

@@ -42,6 +42,9 @@ pub struct EngineConfig {
     pub admission: AdmissionLimits,
     /// Bounds on a step and on what runs.
     pub bounds: scheduler::Bounds,
+    /// How long a step may take where sequences write and prompts are read, beside one in which sequences only write;
+    /// infinite: prompts are read as if nobody wrote.
+    pub stretch: f64,
     /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
     pub snapshot_bytes: u64,
     /// How long a reader may take nothing before its request is cut.

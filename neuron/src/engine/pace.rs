@@ -1,15 +1,15 @@
 //! How much of prompts a step takes in while others write: so much that their readers hardly notice.
 
-/// How long a step may take where sequences write and prompts are read, beside one in which sequences only write.
-const STRETCH: f64 = 2.5;
-/// Tokens of prompts that are always taken in: few rows cost hardly more than one, and everybody gets on.
-const LEAST: usize = 16;
+/// Tokens of prompts that are always taken in, so that everybody gets on.
+const LEAST: usize = 4;
 /// The weight of the newest step.
 const NEWEST: f64 = 0.2;
 
 /// What steps have taken so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pace {
+    /// How long a step may take, beside one in which sequences only write.
+    stretch: f64,
     /// Seconds of a step in which sequences only write.
     writing: Option<f64>,
     /// Seconds that a token of a prompt adds.
@@ -20,6 +20,17 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// Nothing is known yet. With an infinite `stretch` nothing needs to be.
+    #[must_use]
+    pub fn new(stretch: f64) -> Self {
+        Self {
+            stretch,
+            writing: None,
+            reading: None,
+            last: 0,
+        }
+    }
+
     /// Takes a step in: tokens of sequences that write, tokens of prompts, and the seconds it took.
     pub fn learn(&mut self, written: usize, read: usize, seconds: f64) {
         let tokens = read as f64;
@@ -46,9 +57,12 @@ impl Pace {
     /// Tokens of prompts that a step may take in beside sequences that write.
     #[must_use]
     pub fn beside(&self) -> usize {
+        if self.stretch.is_infinite() {
+            return usize::MAX;
+        }
         match (self.writing, self.reading) {
             (Some(writing), Some(reading)) => {
-                let tokens = (STRETCH - 1.0) * writing / reading;
+                let tokens = (self.stretch - 1.0) * writing / reading;
                 // a float too large for it becomes the largest
                 (tokens as usize).min(2 * self.last).max(LEAST)
             }
@@ -67,7 +81,7 @@ mod tests {
 
     /// Steps as a machine takes them that needs `writing` seconds for those that write and `reading` for each token.
     fn settled(writing: f64, reading: f64, alone_first: bool) -> (Pace, f64) {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(2.5);
         if alone_first {
             pace.learn(0, 128, 128.0 * reading);
             pace.learn(8, 0, writing);
@@ -95,7 +109,7 @@ mod tests {
 
     #[test]
     fn what_was_cheap_alone_is_not_trusted_beside_others() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(2.5);
         pace.learn(0, 128, 128.0 * 0.000_01);
         pace.learn(8, 0, 0.01);
         let mut longest: f64 = 0.0;

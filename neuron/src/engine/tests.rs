@@ -32,6 +32,7 @@ fn config() -> EngineConfig {
             max_waiting: 100,
             max_prompt_tokens: 10_000,
         },
+        stretch: f64::INFINITY,
         bounds: Bounds {
             max_running: 8,
             prefill_tokens: 16,

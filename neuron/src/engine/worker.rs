@@ -91,7 +91,7 @@ impl Worker {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
-            pace: Pace::default(),
+            pace: Pace::new(config.stretch),
             runner: ModelRunner::new(model, config.bounds, config.snapshot_bytes, metrics.clone()),
             lives: HashMap::new(),
             mode: Mode::Serving,

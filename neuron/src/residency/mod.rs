@@ -30,6 +30,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
+/// How long a step may take where sequences write and prompts are read, beside one in which sequences only write: the
+/// readers of streams hardly notice, and prompts get on.
+const STRETCH: f64 = 2.5;
 /// How long a reader may take nothing before its request is cut: long enough for a laptop to change networks.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
@@ -407,6 +410,7 @@ impl Shared {
                 blocks,
                 drafts: self.limits.draft_tokens,
             },
+            stretch: STRETCH,
             snapshot_bytes,
             stall_limit: STALL_LIMIT,
         };
