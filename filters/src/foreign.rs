@@ -1,55 +1,24 @@
 //! A server of others gets no field that a strict one would refuse a whole conversation for.
 
-use crate::{Failure, Request, Response, ResponseFuture};
+use crate::Request;
 use bytes::Bytes;
 use memchr::memmem;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use std::task::{Context, Poll};
-use tower::{Layer, Service};
 
-/// Puts [`Foreign`] around a stack.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ForeignLayer;
-
-/// Takes thinking blocks out of what was translated for a server of others. They are there for whoever keeps a
-/// conversation, no model reads them, and some servers refuse a message with a field that OpenAI does not have. A client
-/// that sent them in a chat of its own means them: that passes as it is.
-#[derive(Debug, Clone)]
-pub struct Foreign<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for ForeignLayer {
-    type Service = Foreign<S>;
-
-    fn layer(&self, inner: S) -> Foreign<S> {
-        Foreign { inner }
+/// Takes thinking blocks out of what was translated for a server of others; for `map_request` below `route`. They are there
+/// for whoever keeps a conversation, no model reads them, and some servers refuse a message with a field that OpenAI does
+/// not have. A client that sent them in a chat of its own means them: that passes as it is.
+#[must_use]
+pub fn fit(mut request: Request) -> Request {
+    let endpoint = request.endpoint.as_ref();
+    if endpoint.is_some_and(|endpoint| endpoint.access.foreign)
+        && request.exchange.dialect.translation().is_some()
+        && let Some(body) = without_thinking_blocks(&request.body)
+    {
+        request.body = body;
     }
-}
-
-impl<S> Service<Request> for Foreign<S>
-where
-    S: Service<Request, Response = Response, Error = Failure, Future = ResponseFuture>,
-{
-    type Response = Response;
-    type Error = Failure;
-    type Future = ResponseFuture;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut request: Request) -> Self::Future {
-        let endpoint = request.endpoint.as_ref();
-        if endpoint.is_some_and(|endpoint| endpoint.access.foreign)
-            && request.exchange.dialect.translation().is_some()
-            && let Some(body) = without_thinking_blocks(&request.body)
-        {
-            request.body = body;
-        }
-        self.inner.call(request)
-    }
+    request
 }
 
 /// The body, all other bytes as they are; `None` where it has no such blocks.
@@ -90,7 +59,7 @@ fn without_thinking_blocks(body: &Bytes) -> Option<Bytes> {
 mod tests {
     use super::*;
     use crate::translate::TranslateLayer;
-    use crate::{Body, route::Access, route::Candidate, route::Endpoint};
+    use crate::{Body, Response, ResponseFuture, route::Access, route::Candidate, route::Endpoint};
     use serde_json::{Value, json};
     use std::sync::{Arc, Mutex};
     use tower::{ServiceBuilder, ServiceExt};
@@ -121,7 +90,7 @@ mod tests {
                 request.endpoint = Some(endpoint.clone());
                 request
             })
-            .layer(ForeignLayer)
+            .map_request(fit)
             .service(upstream);
         let head = http::Request::post(path).body(()).expect("a request");
         let request = Request::new(head.into_parts().0, asked.to_string().into());

@@ -6,7 +6,7 @@ use filters::ask_usage::AskUsageLayer;
 use filters::cors::CorsLayer;
 use filters::decode::DecodeLayer;
 use filters::estimate::EstimateLayer;
-use filters::foreign::ForeignLayer;
+use filters::foreign;
 use filters::keep_alive::KeepAliveLayer;
 use filters::metrics::{Metrics, MetricsLayer, ObserveLayer};
 use filters::remember::{RememberLayer, ResponseStore};
@@ -78,7 +78,7 @@ pub(crate) fn build(
             config.routing.clone(),
             metrics.route.clone(),
         )) // counts in flight for exactly one node
-        .layer(ForeignLayer) // below route, which knows whom it speaks to
+        .map_request(foreign::fit) // below route, which knows whom it speaks to
         .layer(TimeoutLayer::new(timeouts.head, timeouts.idle)) // one node's own time, not that of the wait before it
         .layer(ObserveLayer) // sees the node's answer before anybody changes it
         .service(upstream);
