@@ -103,7 +103,8 @@ async fn locate() -> Result<PathBuf, ChildError> {
     let folder = own.parent().unwrap_or(Path::new("")).to_path_buf();
     if let Some(cargo) = crate::config::cargo() {
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "neuron", "--bin", "neuron"]);
+        // what cargo says stays in sight: the first time this takes minutes
+        build.args(["build", "--package", "neuron", "--bin", "neuron"]);
         if folder.ends_with("release") {
             build.arg("--release");
         }
