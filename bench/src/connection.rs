@@ -39,17 +39,32 @@ impl Ask {
             ..ChatRequest::default()
         })
         .expect("wire types always serialise");
+        let ending = if stream { protocol::sse::DONE } else { b"}" };
+        Self::bytes(server, "/v1/chat/completions", &body, ending)
+    }
+
+    /// A POST of `body`, whose reply ends with `ending`.
+    pub(crate) fn post(
+        server: SocketAddr,
+        path: &str,
+        body: &serde_json::Value,
+        ending: &'static [u8],
+    ) -> Self {
+        Self::bytes(server, path, body.to_string().as_bytes(), ending)
+    }
+
+    fn bytes(server: SocketAddr, path: &str, body: &[u8], ending: &'static [u8]) -> Self {
         let mut request = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: {server}\r\nuser-agent: bench\r\n\
+            "POST {path} HTTP/1.1\r\nhost: {server}\r\nuser-agent: bench\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n",
             body.len()
         )
         .into_bytes();
-        request.extend_from_slice(&body);
+        request.extend_from_slice(body);
         Self {
             server,
             request: request.into(),
-            ending: if stream { protocol::sse::DONE } else { b"}" },
+            ending,
         }
     }
 

@@ -54,17 +54,18 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn resolve(url: &str) -> anyhow::Result<SocketAddr> {
+/// The address of `http://HOST:PORT`.
+pub(crate) async fn resolve(url: &str) -> anyhow::Result<SocketAddr> {
     let host = url
         .strip_prefix("http://")
         .map(|rest| rest.trim_end_matches('/'))
         .filter(|host| !host.contains('/'))
-        .with_context(|| format!("--url {url}: only http://HOST:PORT is understood"))?;
+        .with_context(|| format!("{url}: only http://HOST:PORT is understood"))?;
     tokio::net::lookup_host(host)
         .await
-        .with_context(|| format!("--url {url}"))?
+        .with_context(|| url.to_owned())?
         .next()
-        .with_context(|| format!("--url {url}: the host has no address"))
+        .with_context(|| format!("{url}: the host has no address"))
 }
 
 /// Connections that ask one thing.

@@ -9,6 +9,7 @@ mod load;
 mod machine;
 mod mock;
 mod model;
+mod peers;
 mod processes;
 mod servers;
 mod streams;
@@ -41,6 +42,8 @@ enum Command {
     Idle(idle::IdleArgs),
     /// Run thousands of slow streams at once and print what they take and how even they are.
     Streams(streams::StreamsArgs),
+    /// Measure servers of the same model beside each other.
+    Peers(peers::PeersArgs),
     /// Write a checkpoint of random numbers in the shape of a release.
     Model(model::ModelArgs),
 }
@@ -87,6 +90,7 @@ async fn run(command: Command, threads: usize) -> anyhow::Result<()> {
         Command::Gateway(args) => gateway::run(args, threads).await,
         Command::Idle(args) => idle::run(args, threads).await,
         Command::Streams(args) => streams::run(args, threads).await,
+        Command::Peers(args) => peers::run(args).await,
         Command::Model(args) => model::write(&args),
     }
 }
