@@ -40,7 +40,7 @@ impl Ask {
         })
         .expect("wire types always serialise");
         let ending = if stream { protocol::sse::DONE } else { b"}" };
-        Self::bytes(server, "/v1/chat/completions", &body, ending)
+        Self::raw(server, "/v1/chat/completions", &body, ending)
     }
 
     /// A POST of `body`, whose reply ends with `ending`.
@@ -50,10 +50,11 @@ impl Ask {
         body: &serde_json::Value,
         ending: &'static [u8],
     ) -> Self {
-        Self::bytes(server, path, body.to_string().as_bytes(), ending)
+        Self::raw(server, path, body.to_string().as_bytes(), ending)
     }
 
-    fn bytes(server: SocketAddr, path: &str, body: &[u8], ending: &'static [u8]) -> Self {
+    /// A POST of any bytes, whose reply ends with `ending`.
+    pub(crate) fn raw(server: SocketAddr, path: &str, body: &[u8], ending: &'static [u8]) -> Self {
         let mut request = format!(
             "POST {path} HTTP/1.1\r\nhost: {server}\r\nuser-agent: bench\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n",

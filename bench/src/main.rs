@@ -12,6 +12,7 @@ mod model;
 mod peers;
 mod processes;
 mod servers;
+mod soak;
 mod streams;
 
 use clap::{Parser, Subcommand};
@@ -44,6 +45,8 @@ enum Command {
     Streams(streams::StreamsArgs),
     /// Measure servers of the same model beside each other.
     Peers(peers::PeersArgs),
+    /// Wear a neuron out and look at what is left.
+    Soak(soak::SoakArgs),
     /// Write a checkpoint of random numbers in the shape of a release.
     Model(model::ModelArgs),
 }
@@ -91,6 +94,7 @@ async fn run(command: Command, threads: usize) -> anyhow::Result<()> {
         Command::Idle(args) => idle::run(args, threads).await,
         Command::Streams(args) => streams::run(args, threads).await,
         Command::Peers(args) => peers::run(args).await,
+        Command::Soak(args) => soak::run(args).await,
         Command::Model(args) => model::write(&args),
     }
 }

@@ -38,6 +38,7 @@ pub struct EngineMetrics {
     accepted: IntCounterVec,
     blocks: IntGaugeVec,
     blocks_used: IntGaugeVec,
+    blocks_in_sequences: IntGaugeVec,
     steps: HistogramVec,
     step_tokens: IntCounterVec,
 }
@@ -95,6 +96,8 @@ pub struct ModelMetrics {
     pub blocks: IntGauge,
     /// Blocks that hold something.
     pub blocks_used: IntGauge,
+    /// Those of running sequences.
+    pub blocks_in_sequences: IntGauge,
 }
 
 const SECONDS: [f64; 16] = [
@@ -251,6 +254,10 @@ impl EngineMetrics {
                 "neuron_kv_blocks_used",
                 "Blocks of keys and values that hold something, of running sequences or for later ones.",
             ),
+            blocks_in_sequences: gauge(
+                "neuron_kv_blocks_in_sequences",
+                "Blocks of keys and values that running sequences hold; one that several share counts for each.",
+            ),
             steps: seconds(
                 "neuron_step_seconds",
                 "One step of the model: decode, prefill or mixed.",
@@ -295,6 +302,7 @@ impl EngineMetrics {
             accepted: self.accepted.with_label_values(label),
             blocks: self.blocks.with_label_values(label),
             blocks_used: self.blocks_used.with_label_values(label),
+            blocks_in_sequences: self.blocks_in_sequences.with_label_values(label),
         }
     }
 }

@@ -86,6 +86,7 @@ impl ModelRunner {
     /// Lets the state of a sequence go.
     pub(super) fn forget(&mut self, id: SequenceId) {
         self.states.remove(&id);
+        self.tell();
     }
 
     /// Keeps the state of a sequence as it is now for others that begin like it.
@@ -241,6 +242,8 @@ impl ModelRunner {
 
     fn tell(&mut self) {
         self.metrics.blocks_used.set(whole(self.pool.out()));
+        let held = self.states.values().map(|state| state.blocks().len());
+        self.metrics.blocks_in_sequences.set(whole(held.sum()));
         if let Some(prefixes) = &mut self.prefixes {
             self.metrics
                 .snapshots_evicted
