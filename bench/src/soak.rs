@@ -190,7 +190,7 @@ async fn be_client(
 fn note<T>(answer: Result<T, Failure>, good: bool, count: &impl Fn(&str)) -> anyhow::Result<()> {
     match (answer, good) {
         (Ok(_), true) => count("answered"),
-        (Err(Failure::Status(429)), true) => count("too many: 429"),
+        (Err(Failure::Status(429)), _) => count("too many: 429"),
         (Err(Failure::Status(400..=422)), false) => count("bad input refused"),
         (Ok(_), false) => anyhow::bail!("bad input was answered"),
         (Err(failure), _) => return Err(failure).context("an answer that should not be"),
