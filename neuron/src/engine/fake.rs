@@ -153,6 +153,10 @@ impl CausalLm for FakeModel {
         &self.pool
     }
 
+    fn drafts(&self) -> bool {
+        true
+    }
+
     /// It keeps the tokens it has seen, half of its memory in either kind of layer.
     fn new_state(&self) -> SequenceState {
         let seen = DeltaState {
