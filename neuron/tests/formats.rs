@@ -216,8 +216,11 @@ fn blocks_of_a_gguf_file_are_held_as_they_are() {
 fn tokenizer_and_template_of_a_gguf_file_are_those_of_the_folder() {
     for folder in [fixture("qwen3_5_text"), demo()] {
         let (_place, file) = converted(&folder, GgmlDType::BF16);
-        preflight::check(&file, None, Some(1 << 30)).unwrap();
-        preflight::check(&file, Some(Format::Q8_0), Some(1000)).unwrap_err();
+        let mut options = LoadOptions::cpu();
+        preflight::check(&file, &options, 1, Some(1 << 30)).unwrap();
+        preflight::check(&file, &options, 2, Some(1 << 30)).unwrap();
+        options.quant = Some(Format::Q8_0);
+        preflight::check(&file, &options, 1, Some(1000)).unwrap_err();
         let (wanted, found) = (
             ModelText::load(&folder).unwrap(),
             ModelText::load(&file).unwrap(),
