@@ -1,129 +1,214 @@
-//! `x · Wᵀ` for weights in any format. A few rows stream the weights once; many rows meet a panel of weights at a time, laid
-//! out for the processor where there is a file for it, and else widened to f32 for a library.
+//! `x · Wᵀ` for weights in any format, which lie in panels ([`crate::quant::panels`]): few rows stream the weights once, many
+//! rows meet some panels at a time, which stay in the caches meanwhile.
 
-use super::{vectorised, with_f32};
-use crate::quant::{Matrix, Numbers, Q4K, Q5K, Q6K, Q8Block, each_format};
+use super::{has_avx2, has_avx512, with_f32};
+use crate::quant::panels::PANEL;
+use crate::quant::{Matrix, Numbers, Unit, each_format};
 use candle_core::{Result, Tensor};
-use dot::{Portable, Weight};
-use half::{bf16, f16};
+use lanes::{Lanes, Portable};
 use rayon::prelude::*;
+use std::ops::Range;
+use tiles::{Input, MOST_ROWS, Rounded, Sums, Tile, rows_at_once};
 
-mod dot;
+mod lanes;
 #[cfg(target_arch = "x86_64")]
-mod dot_avx2;
+mod lanes_avx2;
 #[cfg(target_arch = "x86_64")]
-mod tile_avx2;
+mod lanes_avx512;
+mod tiles;
 
-/// Up to this many rows are multiplied by streaming the weights.
-const FEW: usize = 12;
 /// Multiplications below which a second thread costs more than it brings.
 const PER_THREAD: usize = 1 << 16;
-/// Rows of weights that are widened together for any processor: with 2,048 inputs half a megabyte, which stays in the cache.
-const PANEL: usize = 64;
-/// Rows of x that meet a row of weights while it is in registers.
-const TILE: usize = 4;
+/// Panels that a group of rows of x meets while it is in the first cache; with blocks of 1,024 inputs they stay in the second.
+const STRIPE: usize = 4;
+
+/// The kinds of processors there are kernels for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processor {
+    /// Any.
+    Portable,
+    /// With AVX2, FMA and F16C.
+    Avx2,
+    /// With AVX-512 F, BW, VL, DQ and VNNI besides.
+    Avx512,
+}
+
+impl Processor {
+    /// Those that this one is, the fastest last.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut all = vec![Self::Portable];
+        if has_avx2() {
+            all.push(Self::Avx2);
+        }
+        if has_avx512() {
+            all.push(Self::Avx512);
+        }
+        all
+    }
+
+    fn fastest() -> Self {
+        if has_avx512() {
+            Self::Avx512
+        } else if has_avx2() {
+            Self::Avx2
+        } else {
+            Self::Portable
+        }
+    }
+}
 
 /// `x · Wᵀ` for x `(rows, in)` and W `(out, in)`: `(rows, out)`.
 ///
 /// # Errors
 /// When shapes do not fit, or x is not on the CPU in f32.
 pub fn linear(x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+    together(x, [weight]).map(|[product]| product)
+}
+
+/// [`linear`] for several weights that meet the same x: they share one preparation of it, and threads are woken once for all.
+///
+/// # Errors
+/// As [`linear`].
+pub fn together<const N: usize>(x: &Tensor, weights: [&Matrix; N]) -> Result<[Tensor; N]> {
     let (rows, width) = x.dims2()?;
-    if width != weight.width() {
+    if let Some(other) = weights.iter().find(|weight| weight.width() != width) {
         candle_core::bail!(
             "a row of {width} numbers meets weights for {}",
-            weight.width()
+            other.width()
         );
     }
-    let product = with_f32(x, |x| multiply(x, rows, weight))?;
-    Tensor::from_vec(product, (rows, weight.rows()), x.device())
-}
-
-/// Whether this processor has AVX2, FMA and F16C. The answer is cached by the standard library.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn has_avx2() -> bool {
-    is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
-}
-
-fn multiply(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
-    #[cfg(target_arch = "x86_64")]
-    if has_avx2() {
-        return if rows > FEW {
-            each_format!(weight.numbers(), all => tile_avx2::product(x, rows, all, weight.width()))
-        } else {
-            stream::<dot_avx2::Avx2>(x, rows, weight)
-        };
+    let products = with_f32(x, |x| multiply(x, rows, weights, Processor::fastest()))?;
+    let mut tensors = Vec::with_capacity(N);
+    for (product, weight) in products.into_iter().zip(weights) {
+        tensors.push(Tensor::from_vec(
+            product,
+            (rows, weight.rows()),
+            x.device(),
+        )?);
     }
-    if rows > FEW {
-        many_rows(x, rows, weight)
-    } else {
-        stream::<Portable>(x, rows, weight)
-    }
+    Ok(tensors
+        .try_into()
+        .expect("a tensor for each of the weights"))
 }
 
-/// Each row of weights is read once and meets all rows of x while it is in the cache.
-fn stream<D>(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32>
-where
-    D: Dot<f32> + Dot<f16> + Dot<bf16> + Dot<Q8Block> + Dot<Q6K> + Dot<Q5K> + Dot<Q4K>,
-{
-    each_format!(weight.numbers(), all => stream_as::<_, D>(x, rows, all, weight.width()))
-}
-
-/// The products of a row of weights with up to [`TILE`] rows of x, on some kind of processor.
-trait Dot<W: Weight> {
-    /// `out[i] = weights · xs[i]`; all of one length.
-    fn rows(weights: &[W], xs: &[&[W::Input]], out: &mut [f32]);
-}
-
-fn stream_as<W: Weight, D: Dot<W>>(
+/// `x · Wᵀ` for `rows` rows of x and each of the weights, by the kernels for `processor`.
+///
+/// # Panics
+/// When `x` has another length than the weights need, or the processor is not [available](Processor::available).
+#[must_use]
+pub fn multiply<const N: usize>(
     x: &[f32],
     rows: usize,
-    weights: &[W],
-    width: usize,
-) -> Vec<f32> {
-    let inputs: Vec<Vec<W::Input>> = x
-        .chunks_exact(width.max(1))
-        .map(|x| {
-            vectorised(
-                #[inline(always)]
-                || W::inputs(x),
-            )
-        })
-        .collect();
-    let inputs: Vec<&[W::Input]> = inputs.iter().map(Vec::as_slice).collect();
-    let units = width / W::LEN;
-    let out = weights.len() / units.max(1);
-    // (out, rows) first, as each thread owns rows of W; the transposition back is small
-    let mut columns = vec![0.0; out * rows];
-    let least = (PER_THREAD / (width * rows).max(1)).max(1);
-    columns
-        .par_chunks_exact_mut(rows.max(1))
-        .zip(weights.par_chunks_exact(units.max(1)))
-        .with_min_len(least)
-        .for_each(|(column, weights)| {
-            for (out, xs) in column.chunks_mut(TILE).zip(inputs.chunks(TILE)) {
-                D::rows(weights, xs, out);
-            }
-        });
-    if rows == 1 {
-        return columns;
+    weights: [&Matrix; N],
+    processor: Processor,
+) -> [Vec<f32>; N] {
+    for weight in weights {
+        assert_eq!(x.len(), rows * weight.width(), "rows of {}", weight.width());
     }
-    let mut product = vec![0.0; rows * out];
-    for (o, column) in columns.chunks_exact(rows.max(1)).enumerate() {
-        for (row, number) in column.iter().enumerate() {
-            product[row * out + o] = *number;
+    match processor {
+        Processor::Portable => products::<Portable, N>(x, rows, weights),
+        #[cfg(target_arch = "x86_64")]
+        Processor::Avx2 if has_avx2() => products::<lanes_avx2::Avx2, N>(x, rows, weights),
+        #[cfg(target_arch = "x86_64")]
+        Processor::Avx512 if has_avx512() => products::<lanes_avx512::Avx512, N>(x, rows, weights),
+        other => panic!("this processor is no {other:?}"),
+    }
+}
+
+fn products<L: Lanes, const N: usize>(
+    x: &[f32],
+    rows: usize,
+    weights: [&Matrix; N],
+) -> [Vec<f32>; N] {
+    let inputs = Inputs::new::<L>(x, rows, &weights);
+    let mut products = weights.map(|weight| vec![0.0; rows * weight.rows()]);
+    let columns = products
+        .each_mut()
+        .map(|product| Columns(product.as_mut_ptr()));
+    let mut stripes = Vec::new();
+    for (at, weight) in weights.iter().enumerate() {
+        let count = weight.rows().div_ceil(STRIPE * PANEL);
+        stripes.extend((0..count).map(|stripe| (at, stripe)));
+    }
+    let least = PER_THREAD / (STRIPE * PANEL * x.len()).max(1);
+    stripes
+        .par_iter()
+        .with_min_len(least.max(1))
+        .for_each(|&(at, stripe)| {
+            // each stripe of a product is that of one task
+            each_format!(weights[at].numbers(), all => {
+                multiply_stripe::<L, _>(&inputs, all, weights[at], stripe, columns[at]);
+            });
+        });
+    products
+}
+
+/// x as kernels read it: of each group of rows, for every input, its rows side by side.
+pub(super) struct Inputs {
+    groups: Vec<Range<usize>>,
+    /// For weights that are single numbers.
+    singles: Vec<Vec<f32>>,
+    /// For weights in blocks.
+    rounded: Vec<Vec<Rounded>>,
+}
+
+impl Inputs {
+    /// `rows` rows of x, in what these weights take.
+    fn new<L: Lanes>(x: &[f32], rows: usize, weights: &[&Matrix]) -> Self {
+        let mut groups = Vec::new();
+        let mut first = 0;
+        while first < rows {
+            let count = rows_at_once::<L>(rows - first);
+            groups.push(first..first + count);
+            first += count;
+        }
+        let width = x.len() / rows.max(1);
+        let in_blocks = |weight: &&Matrix| crate::quant::unit(weight.format()).0 > 1;
+        Self {
+            singles: if weights.iter().all(in_blocks) {
+                Vec::new()
+            } else {
+                packed::<L, f32>(x, width, &groups)
+            },
+            rounded: if weights.iter().any(in_blocks) {
+                packed::<L, Rounded>(x, width, &groups)
+            } else {
+                Vec::new()
+            },
+            groups,
         }
     }
-    product
+}
+
+/// A row of x for every group.
+fn packed<L: Lanes, I: Input>(x: &[f32], width: usize, groups: &[Range<usize>]) -> Vec<Vec<I>> {
+    let pack = |group: &Range<usize>| {
+        L::run(
+            #[inline(always)]
+            || {
+                let mut inputs = Vec::with_capacity(group.len() * (width / I::LEN));
+                for from in (0..width).step_by(I::LEN) {
+                    for row in group.clone() {
+                        inputs.push(I::new(&x[row * width + from..][..I::LEN]));
+                    }
+                }
+                inputs
+            },
+        )
+    };
+    if x.len() < PER_THREAD {
+        groups.iter().map(pack).collect()
+    } else {
+        groups.par_iter().map(pack).collect()
+    }
 }
 
 /// Where a thread writes its columns of the product.
 #[derive(Clone, Copy)]
 struct Columns(*mut f32);
 
-// SAFETY: each thread writes other columns, see where one is made.
+// SAFETY: each thread writes other columns, see where one is used.
 #[allow(unsafe_code)]
 unsafe impl Send for Columns {}
 // SAFETY: as above.
@@ -137,62 +222,126 @@ impl Columns {
     }
 }
 
-/// A panel of weights is widened once and meets all rows of x, on any processor.
-fn many_rows(x: &[f32], rows: usize, weight: &Matrix) -> Vec<f32> {
-    let (width, out) = (weight.width(), weight.rows());
-    let mut product = vec![0.0; rows * out];
-    let columns = Columns(product.as_mut_ptr());
-    (0..out.div_ceil(PANEL)).into_par_iter().for_each_init(
-        || vec![0.0; PANEL * width],
-        |widened, panel| {
-            let first = panel * PANEL;
-            let count = PANEL.min(out - first);
-            let panel: &[f32] = match weight.numbers() {
-                Numbers::F32(all) => &all[first * width..(first + count) * width],
-                _ => {
-                    for (row, out) in widened.chunks_exact_mut(width).take(count).enumerate() {
-                        weight.decode_row(first + row, out);
-                    }
-                    &widened[..count * width]
+/// Writes the columns of stripe `stripe` of the product with `weight`, whose numbers are `all`. Nobody else may touch them
+/// meanwhile.
+fn multiply_stripe<L: Lanes, B: Tile>(
+    inputs: &Inputs,
+    all: &[B],
+    weight: &Matrix,
+    stripe: usize,
+    columns: Columns,
+) {
+    let (out, width) = (weight.rows(), weight.width());
+    let groups = &inputs.groups;
+    let count = width / B::Unit::LEN; // blocks of a panel
+    // one group reads panels from end to end, as they lie; single numbers are summed in pieces, which keeps more digits
+    let depth = if groups.len() > 1 || B::Unit::LEN == 1 {
+        B::DEPTH / B::Unit::LEN
+    } else {
+        count
+    };
+    let first = stripe * STRIPE * PANEL; // column
+    let held = STRIPE.min((out - first).div_ceil(PANEL));
+    let all = &all[stripe * STRIPE * count..][..held * count];
+    for start in (0..count).step_by(depth.max(1)) {
+        let end = count.min(start + depth);
+        let mut panels: [&[B]; STRIPE] = [&[]; STRIPE];
+        for (own, panel) in panels.iter_mut().zip(all.chunks_exact(count)) {
+            *own = &panel[start..end];
+        }
+        let panels = &panels[..held];
+        let wide = if groups.len() >= WIDEN {
+            widened::<L, B>(panels)
+        } else {
+            None
+        };
+        for (group, x) in groups.iter().zip(B::Input::of(inputs)) {
+            let of_input = B::Unit::LEN / B::Input::LEN;
+            let x = &x[start * of_input * group.len()..end * of_input * group.len()];
+            let to = |panel: usize, row: usize| {
+                let from = first + panel * PANEL;
+                let to = columns.from((group.start + row) * out + from);
+                // SAFETY: the product is (rows, out), and nobody else touches the columns of this stripe
+                #[allow(unsafe_code)]
+                unsafe {
+                    std::slice::from_raw_parts_mut(to, PANEL.min(out - from))
                 }
             };
-            debug_assert!(x.len() == rows * width && panel.len() == count * width);
-            // product[r, first + c] = Σₖ x[r, k] · panel[c, k]
-            // SAFETY: x is (rows, width) and the panel (count, width), both contiguous, and live for the call; the
-            // product is (rows, out) and this thread alone writes its columns first..first + count.
-            #[allow(unsafe_code)]
-            unsafe {
-                gemm::gemm(
-                    rows,
-                    count,
-                    width,
-                    columns.from(first),
-                    1,
-                    out as isize,
-                    false, // what is there is not read
-                    x.as_ptr(),
-                    1,
-                    width as isize,
-                    panel.as_ptr(),
-                    width as isize,
-                    1,
-                    0.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
+            let mut sums = [[[0.0; PANEL]; MOST_ROWS]; STRIPE];
+            if start > 0 {
+                for (panel, sums) in sums[..held].iter_mut().enumerate() {
+                    for (row, sums) in sums[..group.len()].iter_mut().enumerate() {
+                        let from = to(panel, row);
+                        sums[..from.len()].copy_from_slice(from);
+                    }
+                }
             }
-        },
+            match &wide {
+                Some(wide) => {
+                    let mut panels: [&[B::Wide]; STRIPE] = [&[]; STRIPE];
+                    for (panel, wide) in panels.iter_mut().zip(wide.chunks(end - start)) {
+                        *panel = wide;
+                    }
+                    run_tiles::<L, B::Wide>(&panels[..held], x, group.len(), &mut sums);
+                }
+                None => run_tiles::<L, B>(panels, x, group.len(), &mut sums),
+            }
+            for (panel, sums) in sums[..held].iter().enumerate() {
+                for (row, sums) in sums[..group.len()].iter().enumerate() {
+                    let to = to(panel, row);
+                    to.copy_from_slice(&sums[..to.len()]);
+                }
+            }
+        }
+    }
+}
+
+/// Groups of rows from which on it pays to widen a panel once for all of them.
+const WIDEN: usize = 3;
+
+/// Panels of one length, one after the other, widened where the format is one to be widened.
+fn widened<L: Lanes, B: Tile>(panels: &[&[B]]) -> Option<Vec<B::Wide>> {
+    if !B::WIDENS {
+        return None;
+    }
+    let length = panels.first().map_or(0, |panel| panel.len());
+    let mut wide: Vec<B::Wide> = bytemuck::zeroed_vec(panels.len() * length);
+    for (panel, wide) in panels.iter().zip(wide.chunks_exact_mut(length.max(1))) {
+        L::run(
+            #[inline(always)]
+            || B::widen::<L>(panel, wide),
+        );
+    }
+    Some(wide)
+}
+
+fn run_tiles<L: Lanes, B: Tile>(panels: &[&[B]], x: &[B::Input], rows: usize, sums: &mut [Sums]) {
+    L::run(
+        #[inline(always)]
+        || B::multiply::<L>(panels, x, rows, sums),
     );
-    product
+}
+
+/// Begins to bring what lies some kilobytes behind `here` into the second cache: where a few panels are read at once, that
+/// makes 24 GB/s of 20. The first cache is no place for it, as a core waits there for a few lines only.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fetch<T>(here: &T) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    const AHEAD: usize = 4096;
+    let here: *const i8 = std::ptr::from_ref(here).cast();
+    // SAFETY: every x86-64 has SSE; an address behind the weights is no fault, as nothing is read
+    #[allow(unsafe_code)]
+    unsafe {
+        _mm_prefetch(here.wrapping_add(AHEAD), _MM_HINT_T1);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{max_diff, numbers};
     use super::*;
+    use crate::quant::panels::PART;
     use crate::quant::{Format, unit};
     use candle_core::Device;
 
@@ -248,8 +397,19 @@ mod tests {
         expected
     }
 
+    /// x as it meets blocks: rounded to 8 bits in parts.
+    fn rounded(x: &[f32]) -> Vec<f32> {
+        x.chunks_exact(PART)
+            .map(Rounded::new)
+            .flat_map(|part| {
+                let values = part.values.into_iter().flatten();
+                values.map(move |value| part.scale * f32::from(value))
+            })
+            .collect()
+    }
+
     #[test]
-    fn few_and_many_rows_meet_the_reference_in_every_format() {
+    fn every_processor_meets_the_reference_in_every_format() {
         for format in Format::ALL {
             for (rows, width, out) in SHAPES {
                 if !width.is_multiple_of(unit(format).0) {
@@ -257,94 +417,58 @@ mod tests {
                 }
                 let weight = matrix(format, out, width);
                 let x = numbers(1, rows * width);
-                let expected = reference(&x, &weight);
-                // weights in blocks meet x in 8 bits, but for the panels of any processor
-                let exact = 4e-5;
-                let eight_bits = if unit(format).0 > 1 {
-                    0.02 * (width as f64).sqrt()
-                } else {
-                    exact
-                };
-                let streamed = stream::<Portable>(&x, rows, &weight);
-                let panels = many_rows(&x, rows, &weight);
-                let dispatched = {
-                    let x = Tensor::from_vec(x, (rows, width), &Device::Cpu).expect("fits");
-                    let product = linear(&x, &weight).expect("fits");
-                    with_f32(&product, <[f32]>::to_vec).expect("on the CPU")
-                };
-                for (path, found, bound) in [
-                    ("streamed", streamed, eight_bits),
-                    ("panels", panels, exact),
-                    ("dispatched", dispatched, eight_bits),
-                ] {
+                let in_blocks = unit(format).0 > 1;
+                let met = if in_blocks { rounded(&x) } else { x.clone() };
+                let expected = reference(&met, &weight);
+                for processor in Processor::available() {
+                    let [found] = multiply(&x, rows, [&weight], processor);
                     let diff = max_diff(&found, &expected);
                     assert!(
-                        diff < bound,
-                        "{path} {format}, {rows} x {width} x {out}: {diff}"
+                        diff < 6e-5,
+                        "{processor:?} {format}, {rows} x {width} x {out}: {diff}"
                     );
+                }
+                // what rounding x costs is small
+                let diff = max_diff(&met, &x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>());
+                assert!(diff < 0.5 / 127.0 + 1e-6, "{diff}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_is_the_same_to_the_bit_whatever_stands_beside_it() {
+        for processor in Processor::available() {
+            for format in Format::ALL {
+                let (rows, width, out) = (23, 1792, 40);
+                let weight = matrix(format, out, width);
+                let x = numbers(3, rows * width);
+                let alone: Vec<Vec<f32>> = x
+                    .chunks(width)
+                    .flat_map(|x| multiply(x, 1, [&weight], processor))
+                    .collect();
+                for rows in 1..=rows {
+                    let [together] = multiply(&x[..rows * width], rows, [&weight], processor);
+                    let same = together.chunks(out).zip(&alone).all(|(a, b)| a == b);
+                    assert!(same, "{processor:?} {format}: {rows} rows");
                 }
             }
         }
     }
 
     #[test]
-    fn every_processor_gives_the_same_numbers_for_blocks() {
-        // products within a block are whole numbers: only the order in which blocks are summed may differ
-        for format in [Format::Q8_0, Format::Q6K, Format::Q5K, Format::Q4K] {
-            for rows in 1..=FEW {
-                let (width, out) = (1792, 9);
-                let weight = matrix(format, out, width);
-                let x = numbers(3, rows * width);
-                let portable: Vec<f64> = stream::<Portable>(&x, rows, &weight)
-                    .into_iter()
-                    .map(f64::from)
-                    .collect();
-                let diff = max_diff(&multiply(&x, rows, &weight), &portable);
-                assert!(diff < 2e-5, "{format}, {rows} rows: {diff}");
-            }
-        }
-    }
-
-    #[test]
-    fn rounded_rows_of_x_lose_no_more_than_their_bits() {
-        // weights of blocks of 256 meet x in 8 bits: held to f64 with x as it was rounded
-        for format in [Format::Q6K, Format::Q5K, Format::Q4K] {
-            let (width, out) = (768, 6);
-            let weight = matrix(format, out, width);
-            let x = numbers(4, width);
-            let inputs = <Q4K as Weight>::inputs(&x);
-            let rounded: Vec<f32> = inputs
-                .iter()
-                .flat_map(|input| input.values.map(|value| input.scale * f32::from(value)))
-                .collect();
-            let expected = reference(&rounded, &weight);
-            let diff = max_diff(&multiply(&x, 1, &weight), &expected);
-            assert!(diff < 2e-5, "{format}: {diff}");
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[test]
-    fn panels_of_blocks_lose_no_more_than_the_bits_of_x() {
-        if !has_avx2() {
-            return; // there are none
-        }
-        for format in [Format::Q8_0, Format::Q6K, Format::Q5K, Format::Q4K] {
-            for rows in [1, 4, 7, 10] {
-                let (width, out) = (1792, 21);
-                let weight = matrix(format, out, width);
-                let x = numbers(4, rows * width);
-                let inputs = <Q8Block as Weight>::inputs(&x);
-                let rounded: Vec<f32> = inputs
-                    .iter()
-                    .flat_map(|input| input.values.map(|value| input.scale * f32::from(value)))
-                    .collect();
-                let expected = reference(&rounded, &weight);
-                let found =
-                    each_format!(weight.numbers(), all => tile_avx2::product(&x, rows, all, width));
-                let diff = max_diff(&found, &expected);
-                assert!(diff < 6e-5, "{format}, {rows} rows: {diff}");
-            }
+    fn weights_together_give_what_each_gives_alone() {
+        let (rows, width) = (5, 256);
+        let weights = [(Format::Q8_0, 70), (Format::Bf16, 3), (Format::Q4K, 130)]
+            .map(|(format, out)| matrix(format, out, width));
+        let x = Tensor::from_vec(numbers(6, rows * width), (rows, width), &Device::Cpu);
+        let x = x.expect("fits");
+        let [a, b, c] = &weights;
+        let all = together(&x, [a, b, c]).expect("fit");
+        for (found, weight) in all.iter().zip(&weights) {
+            let alone = linear(&x, weight).expect("fits");
+            assert_eq!(found.dims(), [rows, weight.rows()]);
+            let numbers = |tensor: &Tensor| tensor.to_vec2::<f32>().expect("two dimensions");
+            assert_eq!(numbers(found), numbers(&alone));
         }
     }
 

@@ -10,6 +10,7 @@ pub mod causal_conv;
 pub mod delta_rule;
 pub mod linear;
 pub mod norm;
+pub(crate) mod pages;
 mod vector;
 
 /// Gives `read` the numbers of a contiguous f32 tensor on the CPU, without copying them.
@@ -37,6 +38,33 @@ pub fn with_f32<T>(tensor: &Tensor, read: impl FnOnce(&[f32]) -> T) -> Result<T>
     }
 }
 
+/// Whether this processor has AVX2, FMA and F16C. The answer is cached by the standard library.
+pub(crate) fn has_avx2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether it has AVX-512 F, BW, VL, DQ and VNNI besides.
+pub(crate) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        has_avx2()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Runs `work` compiled for the widest vectors this processor has, as far as it is inlined: loops over slices gain
 /// two to four times. What it computes is the same.
 #[inline]
@@ -47,7 +75,7 @@ pub(crate) fn vectorised<T>(work: impl FnOnce() -> T) -> T {
         fn with_avx2<T>(work: impl FnOnce() -> T) -> T {
             work()
         }
-        if linear::has_avx2() {
+        if has_avx2() {
             // SAFETY: the processor has what the function is compiled for
             #[allow(unsafe_code)]
             return unsafe { with_avx2(work) };

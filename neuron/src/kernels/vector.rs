@@ -139,7 +139,7 @@ mod avx2 {
 macro_rules! with_vectors {
     ($kernel:ident ( $($argument:expr),* $(,)? )) => {{
         #[cfg(target_arch = "x86_64")]
-        let fast = $crate::kernels::linear::has_avx2();
+        let fast = $crate::kernels::has_avx2();
         #[cfg(not(target_arch = "x86_64"))]
         let fast = false;
         if fast {

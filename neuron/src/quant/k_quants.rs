@@ -80,7 +80,7 @@ pub(crate) fn unpacked(parts: &[u8; 12]) -> ([u8; PARTS], [u8; PARTS]) {
     )
 }
 
-fn packed(scales: &[u8; PARTS], offsets: &[u8; PARTS]) -> [u8; 12] {
+pub(crate) fn packed(scales: &[u8; PARTS], offsets: &[u8; PARTS]) -> [u8; 12] {
     let mut parts = [0; 12];
     for part in 0..PARTS / 2 {
         parts[part] = scales[part] | scales[part + 4] >> 4 << 6;

@@ -1,5 +1,6 @@
 //! The number formats that weight matrices are held in, and which tensor is held in which.
 
+use crate::kernels::pages::prefer_huge_pages;
 use crate::kernels::vectorised;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -8,18 +9,31 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub(crate) use k_quants::{Q4K, Q5K, Q6K};
+use panels::{Bf16Block, Block, F16Block, F32Block, PANEL, Q4KRows, Q5KRows, Q6KRows, Q8Rows};
 pub use protocol::node::WeightFormat as Format;
 
 pub(crate) mod k_quants;
+pub(crate) mod panels;
 
-/// Bytes of `count` numbers in a row of `format`.
+/// Bytes that `count` numbers of whole panels take in memory: what `format` has in files, and a little more where scales of
+/// parts have a byte each.
 #[must_use]
 pub fn bytes(format: Format, count: usize) -> usize {
-    let (numbers, bytes) = unit(format);
-    count / numbers * bytes
+    fn of<B: Block>(count: usize) -> usize {
+        count / (B::Unit::LEN * PANEL) * size_of::<B>()
+    }
+    match format {
+        Format::F32 => of::<F32Block>(count),
+        Format::F16 => of::<F16Block>(count),
+        Format::Bf16 => of::<Bf16Block>(count),
+        Format::Q8_0 => of::<Q8Rows>(count),
+        Format::Q6K => of::<Q6KRows>(count),
+        Format::Q5K => of::<Q5KRows>(count),
+        Format::Q4K => of::<Q4KRows>(count),
+    }
 }
 
-/// What a row of `format` is made of: numbers in one, and its bytes.
+/// What a row of `format` is made of: numbers in one, and its bytes in files.
 #[must_use]
 pub fn unit(format: Format) -> (usize, usize) {
     fn of<U: Unit>() -> (usize, usize) {
@@ -76,7 +90,7 @@ pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format
 pub(crate) trait Unit: Copy + Send + Sync {
     /// Numbers in one.
     const LEN: usize;
-    /// Its bytes, in memory as in files.
+    /// Its bytes in files.
     const BYTES: usize;
     /// One of zeros.
     const EMPTY: Self;
@@ -245,16 +259,16 @@ pub(crate) fn decode(format: Format, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The numbers of a matrix, row after row.
+/// The numbers of a matrix, panel after panel.
 #[derive(Debug)]
 pub(crate) enum Numbers {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-    Q8_0(Vec<Q8Block>),
-    Q6K(Vec<Q6K>),
-    Q5K(Vec<Q5K>),
-    Q4K(Vec<Q4K>),
+    F32(Vec<F32Block>),
+    F16(Vec<F16Block>),
+    Bf16(Vec<Bf16Block>),
+    Q8_0(Vec<Q8Rows>),
+    Q6K(Vec<Q6KRows>),
+    Q5K(Vec<Q5KRows>),
+    Q4K(Vec<Q4KRows>),
 }
 
 /// Does the same with the numbers of any format.
@@ -300,9 +314,21 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Rows for F {
 }
 
 /// Room for a row on its way.
-struct Scratch {
+struct Scratch<U> {
     bytes: Vec<u8>,
     numbers: Vec<f32>,
+    units: Vec<U>,
+}
+
+impl<U: Unit> Scratch<U> {
+    fn new(width: usize) -> Self {
+        let count = width / U::LEN;
+        Self {
+            bytes: vec![0; count * U::BYTES],
+            numbers: vec![0.0; width],
+            units: vec![U::EMPTY; count],
+        }
+    }
 }
 
 impl Matrix {
@@ -318,50 +344,50 @@ impl Matrix {
         source: &(impl Rows + ?Sized),
         taken: impl Fn(Range<usize>),
     ) -> Option<Self> {
-        fn units<U: Unit>(
+        fn blocks<B: Block>(
             rows: usize,
             width: usize,
             source: &(impl Rows + ?Sized),
             taken: impl Fn(Range<usize>),
-        ) -> Option<Vec<U>> {
-            /// Rows for a thread at a time, so that small rows do not cost a task each.
-            const LEAST: usize = 16;
+        ) -> Option<Vec<B>> {
             /// Numbers after which `taken` is told: what was lent until then can be given back.
             const PIECE: usize = 1 << 23;
             assert!(
-                width.is_multiple_of(U::LEN),
+                width.is_multiple_of(B::Unit::LEN),
                 "`format_of` leaves rows of {width} numbers to other formats"
             );
-            let count = width / U::LEN;
-            let mut all = vec![U::EMPTY; rows * count];
-            let piece = (PIECE / width.max(1)).max(1);
+            let count = width / B::Unit::LEN; // blocks of a panel
+            let mut all: Vec<B> = bytemuck::zeroed_vec(rows.div_ceil(PANEL) * count);
+            prefer_huge_pages(&all);
+            let piece = (PIECE / (width * PANEL).max(1)).max(1); // panels
             let mut fits = true;
             for (index, part) in all.chunks_mut((piece * count).max(1)).enumerate() {
-                let first = index * piece;
-                let scratch = || Scratch {
-                    bytes: vec![0; count * U::BYTES],
-                    numbers: vec![0.0; width],
-                };
+                let first = index * piece * PANEL;
+                let last = rows.min(first + piece * PANEL);
                 fits &= part
                     .par_chunks_mut(count.max(1))
-                    .with_min_len(LEAST)
                     .enumerate()
-                    .map_init(scratch, |scratch, (row, out)| {
-                        take_row(source, first + row, scratch, out)
-                    })
+                    .map_init(
+                        || Scratch::new(width),
+                        |scratch, (panel, blocks)| {
+                            let first = first + panel * PANEL;
+                            let own = first..last.min(first + PANEL);
+                            take_rows(source, own, scratch, blocks)
+                        },
+                    )
                     .reduce(|| true, |one, other| one && other);
-                taken(first..first + part.len() / count.max(1));
+                taken(first..last);
             }
             fits.then_some(all)
         }
         let numbers = match format {
-            Format::F32 => Numbers::F32(units(rows, width, source, taken)?),
-            Format::F16 => Numbers::F16(units(rows, width, source, taken)?),
-            Format::Bf16 => Numbers::Bf16(units(rows, width, source, taken)?),
-            Format::Q8_0 => Numbers::Q8_0(units(rows, width, source, taken)?),
-            Format::Q6K => Numbers::Q6K(units(rows, width, source, taken)?),
-            Format::Q5K => Numbers::Q5K(units(rows, width, source, taken)?),
-            Format::Q4K => Numbers::Q4K(units(rows, width, source, taken)?),
+            Format::F32 => Numbers::F32(blocks(rows, width, source, taken)?),
+            Format::F16 => Numbers::F16(blocks(rows, width, source, taken)?),
+            Format::Bf16 => Numbers::Bf16(blocks(rows, width, source, taken)?),
+            Format::Q8_0 => Numbers::Q8_0(blocks(rows, width, source, taken)?),
+            Format::Q6K => Numbers::Q6K(blocks(rows, width, source, taken)?),
+            Format::Q5K => Numbers::Q5K(blocks(rows, width, source, taken)?),
+            Format::Q4K => Numbers::Q4K(blocks(rows, width, source, taken)?),
         };
         Some(Self {
             rows,
@@ -396,10 +422,10 @@ impl Matrix {
         }
     }
 
-    /// Bytes its numbers hold.
+    /// Bytes its numbers hold, with what fills up the last panel.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        (self.rows * bytes(self.format(), self.width)) as u64
+        each_format!(&*self.numbers, all => size_of_val(all.as_slice())) as u64
     }
 
     pub(crate) fn numbers(&self) -> &Numbers {
@@ -408,28 +434,47 @@ impl Matrix {
 
     /// Row `index` in f32; `out` has [`Self::width`].
     pub fn decode_row(&self, index: usize, out: &mut [f32]) {
-        fn units<U: Unit>(all: &[U], range: Range<usize>, out: &mut [f32]) {
-            let units = &all[range.start / U::LEN..range.end / U::LEN];
+        fn of_panel<B: Block>(panel: &[B], row: usize, out: &mut [f32]) {
             vectorised(
                 #[inline(always)]
-                || U::decode_all(units, out),
+                || {
+                    for (block, out) in panel.iter().zip(out.chunks_exact_mut(B::Unit::LEN)) {
+                        block.get(row).decode(out);
+                    }
+                },
             );
         }
-        let range = index * self.width..(index + 1) * self.width;
-        each_format!(&*self.numbers, all => units(all, range, out));
+        let (panel, row) = (index / PANEL, index % PANEL);
+        each_format!(&*self.numbers, all => {
+            let count = all.len() / self.rows.div_ceil(PANEL);
+            of_panel(&all[panel * count..][..count], row, out);
+        });
     }
 }
 
-/// Row `row` of `source` in units. False when a number does not fit.
-fn take_row<U: Unit>(
+/// Lays rows of `source` into a panel. False when a number does not fit.
+fn take_rows<B: Block>(
     source: &(impl Rows + ?Sized),
-    row: usize,
-    scratch: &mut Scratch,
-    out: &mut [U],
+    rows: Range<usize>,
+    scratch: &mut Scratch<B::Unit>,
+    blocks: &mut [B],
 ) -> bool {
+    let mut fits = true;
+    for (at, row) in rows.enumerate() {
+        fits &= take_row(source, row, scratch);
+        for (block, unit) in blocks.iter_mut().zip(&scratch.units) {
+            block.put(at, unit);
+        }
+    }
+    fits
+}
+
+/// Row `row` of `source` in units. False when a number does not fit.
+fn take_row<U: Unit>(source: &(impl Rows + ?Sized), row: usize, scratch: &mut Scratch<U>) -> bool {
+    let units = &mut scratch.units;
     if source.bytes(row, &mut scratch.bytes) {
-        for (bytes, out) in scratch.bytes.chunks_exact(U::BYTES).zip(out) {
-            *out = U::read(bytes);
+        for (bytes, unit) in scratch.bytes.chunks_exact(U::BYTES).zip(units) {
+            *unit = U::read(bytes);
         }
         return true; // as the file has it
     }
@@ -437,9 +482,9 @@ fn take_row<U: Unit>(
     let numbers = &scratch.numbers;
     vectorised(
         #[inline(always)]
-        || U::encode_all(numbers, out),
+        || U::encode_all(numbers, units),
     );
-    out.iter().all(U::is_finite)
+    units.iter().all(U::is_finite)
 }
 
 #[cfg(test)]
@@ -474,7 +519,8 @@ mod tests {
         ] {
             let matrix = held(format, rows, width, &values).expect("they fit");
             assert_eq!(matrix.format(), format);
-            assert_eq!(matrix.bytes(), (rows * bytes(format, width)) as u64);
+            let whole_panels = rows.next_multiple_of(PANEL) * width;
+            assert_eq!(matrix.bytes(), bytes(format, whole_panels) as u64);
             let mut row = vec![0.0; width];
             for (index, expected) in values.chunks(width).enumerate() {
                 matrix.decode_row(index, &mut row);

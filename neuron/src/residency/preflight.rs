@@ -188,7 +188,7 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<String>, FolderError> {
 
 /// Bytes of a number, on average.
 fn size(format: Format) -> f64 {
-    const MANY: usize = 1 << 10;
+    const MANY: usize = 1 << 16;
     quant::bytes(format, MANY) as f64 / MANY as f64
 }
 

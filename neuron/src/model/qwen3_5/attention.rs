@@ -62,10 +62,11 @@ impl Attention {
         pass: &mut Pass<'_, '_>,
     ) -> Result<Tensor> {
         let dim = self.head_dim;
-        let (mut queries, gates) =
-            with_f32(&self.q_proj.forward(x)?, |both| self.split_gate(both))?; // 2 × (t, heads, d)
-        let mut keys = with_f32(&self.k_proj.forward(x)?, <[f32]>::to_vec)?; // (t, kv_heads, d)
-        let values = with_f32(&self.v_proj.forward(x)?, <[f32]>::to_vec)?; // (t, kv_heads, d)
+        let projections = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let [both, keys, values] = ColumnParallelLinear::forward_all(projections, x)?;
+        let (mut queries, gates) = with_f32(&both, |both| self.split_gate(both))?; // 2 × (t, heads, d)
+        let mut keys = with_f32(&keys, <[f32]>::to_vec)?; // (t, kv_heads, d)
+        let values = with_f32(&values, <[f32]>::to_vec)?; // (t, kv_heads, d)
         self.q_norm.in_place(&mut queries);
         self.k_norm.in_place(&mut keys);
         let (q_row, kv_row) = (self.heads * dim, self.kv_heads * dim);

@@ -101,12 +101,20 @@ impl GatedDeltaNet {
     ) -> Result<Tensor> {
         let heads = self.heads;
         let (value, channels) = (heads.value, heads.channels());
-        let qkv = self.in_proj_qkv.forward(x)?; // (t, channels)
-        let z = self.in_proj_z.forward(x)?; // (t, value heads · value dim)
+        // (t, channels), (t, value heads · value dim), 2 × (t, value heads)
+        let [qkv, z, b, a] = ColumnParallelLinear::forward_all(
+            [
+                &self.in_proj_qkv,
+                &self.in_proj_z,
+                &self.in_proj_b,
+                &self.in_proj_a,
+            ],
+            x,
+        )?;
         // β = sigmoid(b);  g = −exp(A_log) · softplus(a + dt_bias)
-        let mut beta = with_f32(&self.in_proj_b.forward(x)?, <[f32]>::to_vec)?; // (t, value heads)
+        let mut beta = with_f32(&b, <[f32]>::to_vec)?;
         beta.iter_mut().for_each(|b| *b = sigmoid(*b));
-        let mut decay = with_f32(&self.in_proj_a.forward(x)?, <[f32]>::to_vec)?; // (t, value heads)
+        let mut decay = with_f32(&a, <[f32]>::to_vec)?;
         for (index, a) in decay.iter_mut().enumerate() {
             let head = index % value;
             *a = -self.decay_rate[head] * softplus(*a + self.dt_bias[head]);

@@ -43,6 +43,8 @@ impl Mlp {
     /// (t, hidden) → (t, own width)
     fn gated(&self, x: &Tensor) -> Result<Tensor> {
         // down( silu(gate x) ∘ (up x) )
-        swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)
+        let projections = [&self.gate_proj, &self.up_proj];
+        let [gate, up] = ColumnParallelLinear::forward_all(projections, x)?;
+        swiglu(&gate, &up)
     }
 }
