@@ -12,7 +12,7 @@ const MOST: usize = 16;
 
 /// A model cannot be shared among so many ranks.
 #[derive(Debug, thiserror::Error)]
-#[error("{} cannot be shared among {ranks} ranks: {}; {}", folder.display(), first(faults), would_do(fits))]
+#[error("{}: {}; {}", folder.display(), first(faults), would_do(fits))]
 pub struct Indivisible {
     /// The model's folder or file.
     pub folder: PathBuf,

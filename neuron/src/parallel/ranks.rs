@@ -96,7 +96,9 @@ impl Ranks {
                 states: states.iter_mut().map(|state| state.lend(place)).collect(),
             })?;
         }
+        let unwinding = Unwinding(&*self.communicator);
         let outcome = own(states);
+        std::mem::forget(unwinding);
         if let Err(error) = &outcome {
             // why the group is broken is also why this rank could not go on
             if let Some(fault) = self.communicator.fault() {
@@ -112,6 +114,18 @@ impl Ranks {
             }
         }
         outcome
+    }
+}
+
+/// Tells the others of a panic in this rank, for which they would wait otherwise.
+struct Unwinding<'a>(&'a dyn Communicator);
+
+impl Drop for Unwinding<'_> {
+    fn drop(&mut self) {
+        self.0.abort(GroupError::Failed {
+            rank: self.0.rank(),
+            reason: "it panicked".into(),
+        });
     }
 }
 
@@ -192,6 +206,7 @@ mod tests {
     use crate::memory::pool::BLOCK;
     use crate::model::LogitRows;
     use crate::text::tokenizer::tests::fixture;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::mpsc::TryRecvError;
     use std::time::Duration;
 
@@ -234,6 +249,23 @@ mod tests {
         let Doomed { ranks, gone, .. } = doomed(3, PATIENT, (0, Fate::Fails, 0));
         let error = step(&ranks, &mut ranks.new_state()).unwrap_err();
         assert!(matches!(error, ModelError::Device(_)), "{error}");
+        let again = step(&ranks, &mut ranks.new_state()).unwrap_err();
+        assert!(
+            matches!(
+                &again,
+                ModelError::Group(GroupError::Failed { rank: 0, .. })
+            ),
+            "{again}"
+        );
+        drop(ranks);
+        assert_eq!(gone.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn a_panic_of_the_first_rank_ends_the_others_at_once() {
+        let Doomed { ranks, gone, .. } = doomed(3, PATIENT, (0, Fate::Panics, 0));
+        let mut state = ranks.new_state();
+        catch_unwind(AssertUnwindSafe(|| step(&ranks, &mut state))).unwrap_err();
         let again = step(&ranks, &mut ranks.new_state()).unwrap_err();
         assert!(
             matches!(

@@ -6,6 +6,7 @@
 
 use crate::model::LoadError;
 use crate::parallel::Communicator;
+use crate::quant::panels::PANEL;
 use crate::quant::{self, Format, Matrix, Rows, format_of};
 use candle_core::{DType, Device, Tensor};
 use checkpoint::{Checkpoint, Source};
@@ -578,7 +579,8 @@ impl Part<'_, '_> {
         };
         let format = format_of(&self.name, width, source.format(), shared.quant);
         if shared.planned.get() {
-            self.weights.book().bytes_kept += (rows * quant::bytes(format, width)) as u64;
+            let filled = rows.next_multiple_of(PANEL); // as the matrix would be
+            self.weights.book().bytes_kept += quant::bytes(format, filled * width) as u64;
             return Ok(Self::stand_in());
         }
         let held = Held {
