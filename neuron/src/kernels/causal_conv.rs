@@ -2,6 +2,9 @@
 
 use super::{by_rows, silu};
 
+/// Channels that go through all taps together, so that they stay in the first cache.
+const CHANNELS: usize = 256;
+
 /// `y[t, c] = silu(Σⱼ weight[j, c] · u[t - K + 1 + j, c])`, with `tail` as the inputs before the first row.
 ///
 /// `inputs` is `(rows, channels)`, `weight` `(K, channels)` (transposed from the checkpoint's `(channels, 1, K)`, so
@@ -15,16 +18,19 @@ pub fn causal_conv(inputs: &[f32], weight: &[f32], tail: &mut [f32], channels: u
     let before = &*tail;
     by_rows(&mut outputs, channels, |first, outputs| {
         for (t, output) in (first..).zip(outputs.chunks_exact_mut(channels)) {
-            for (j, weight) in weight.chunks_exact(channels).enumerate() {
-                let input = match (t + j).checked_sub(past) {
-                    Some(row) => &inputs[row * channels..(row + 1) * channels],
-                    None => &before[(t + j) * channels..(t + j + 1) * channels],
-                };
-                for ((y, w), u) in output.iter_mut().zip(weight).zip(input) {
-                    *y += w * u;
+            for (part, output) in output.chunks_mut(CHANNELS).enumerate() {
+                let first = part * CHANNELS;
+                for (j, weight) in weight.chunks_exact(channels).enumerate() {
+                    let input = match (t + j).checked_sub(past) {
+                        Some(row) => &inputs[row * channels + first..],
+                        None => &before[(t + j) * channels + first..],
+                    };
+                    for ((y, w), u) in output.iter_mut().zip(&weight[first..]).zip(input) {
+                        *y += w * u;
+                    }
                 }
+                output.iter_mut().for_each(|y| *y = silu(*y));
             }
-            output.iter_mut().for_each(|y| *y = silu(*y));
         }
     });
     if rows >= past {

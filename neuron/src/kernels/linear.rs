@@ -271,8 +271,7 @@ fn multiply_stripe<L: Lanes, B: Tile>(
             if start > 0 {
                 for (panel, sums) in sums[..held].iter_mut().enumerate() {
                     for (row, sums) in sums[..group.len()].iter_mut().enumerate() {
-                        let from = to(panel, row);
-                        sums[..from.len()].copy_from_slice(from);
+                        copy(to(panel, row), sums);
                     }
                 }
             }
@@ -288,11 +287,19 @@ fn multiply_stripe<L: Lanes, B: Tile>(
             }
             for (panel, sums) in sums[..held].iter().enumerate() {
                 for (row, sums) in sums[..group.len()].iter().enumerate() {
-                    let to = to(panel, row);
-                    to.copy_from_slice(&sums[..to.len()]);
+                    copy(sums, to(panel, row));
                 }
             }
         }
+    }
+}
+
+/// Copies as many numbers as both have: mostly all of a panel, which takes an instruction or two.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    match (from.as_array::<PANEL>(), to.as_mut_array::<PANEL>()) {
+        (Some(from), Some(to)) => *to = *from,
+        _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
     }
 }
 

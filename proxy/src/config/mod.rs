@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::process::Command;
 
 mod check;
 pub(crate) mod settings;
@@ -322,8 +323,16 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// The cargo that started this process, if one did.
+/// The cargo that started this process, if one did, ready to build another part of the same checkout.
 #[allow(clippy::disallowed_methods)] // this is the place that reads the environment
-pub(crate) fn cargo() -> Option<PathBuf> {
-    std::env::var("CARGO").ok().map(PathBuf::from)
+pub(crate) fn cargo() -> Option<Command> {
+    let mut cargo = Command::new(std::env::var_os("CARGO")?);
+    // what it said of our package would make build scripts that look at it run again, and all that depends on them
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(&name);
+        }
+    }
+    Some(cargo)
 }

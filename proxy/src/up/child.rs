@@ -101,9 +101,9 @@ impl Neuron {
 async fn locate() -> Result<PathBuf, ChildError> {
     let own = std::env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("")).to_path_buf();
-    if let Some(cargo) = crate::config::cargo() {
-        let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--package", "neuron", "--bin", "neuron"]);
+    if let Some(mut build) = crate::config::cargo() {
+        // what cargo says stays in sight: the first time this takes minutes
+        build.args(["build", "--package", "neuron", "--bin", "neuron"]);
         if folder.ends_with("release") {
             build.arg("--release");
         }

@@ -171,7 +171,7 @@ macro_rules! single_numbers {
             type Input = f32;
             type Wide = F32Block;
 
-            const DEPTH: usize = 256;
+            const DEPTH: usize = 128;
             const WIDENS: bool = $widens;
 
             #[inline(always)]
