@@ -55,7 +55,8 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn pass(&self) {
+    /// Waits until the next step may pass.
+    pub(crate) fn pass(&self) {
         let mut steps = self.steps.lock().unwrap();
         loop {
             match steps.as_mut() {

@@ -8,7 +8,7 @@ use super::sampler::{SamplingFields, SamplingParams};
 use super::scheduler::Bounds;
 use super::{AdmissionLimits, Engine, EngineConfig, Rejected};
 use crate::model::CausalLm;
-use crate::parallel::fake::{Doomed, Fate, doomed};
+use crate::parallel::fake::{Doomed, Fate, doomed_behind};
 use crate::text::grammar::{Grammars, Shape};
 use crate::text::output::{Delta, Output, OutputOptions};
 use crate::text::tokenizer::Tokenizer;
@@ -620,11 +620,14 @@ async fn a_rank_that_dies_or_stalls_ends_every_request_and_closes_the_door() {
         ),
     ] {
         let first_step = usize::from(fate != Fate::Stalls); // whoever is in a hurry must not have to come in time
-        let Doomed { ranks, hold, .. } = doomed(2, deadline, (1, fate, first_step));
+        let gate = Gate::closed_after(0);
+        let doomed = doomed_behind(gate.clone(), 2, deadline, (1, fate, first_step));
+        let Doomed { ranks, hold, .. } = doomed;
         let bench = bench_of(Box::new(ranks), config());
         let mut all: Vec<Events> = (0..3)
             .map(|_| bench.submit("Hello", 100, SamplingParams::greedy()))
             .collect();
+        gate.open();
         for events in &mut all {
             let (_, end) = collect(events).await;
             let error = end.unwrap_err();

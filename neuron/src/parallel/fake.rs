@@ -1,7 +1,7 @@
 //! Ranks for tests: each computes as the engine's fake model does, after it has met the others, and one of them has a fate.
 
 use super::{Communicator, Ranks, Threads};
-use crate::engine::fake::{FakeModel, Script};
+use crate::engine::fake::{FakeModel, Gate, Script};
 use crate::memory::SequenceState;
 use crate::memory::pool::KvPool;
 use crate::model::{Batch, CausalLm, Drafted, ModelError, Seen};
@@ -22,6 +22,8 @@ pub(crate) enum Fate {
 
 struct FakeRank {
     model: FakeModel,
+    /// Held by the test at the beginning of each step of the first rank.
+    gate: Arc<Gate>,
     communicator: Arc<dyn Communicator>,
     /// What becomes of it, and in which step.
     fate: Option<(Fate, usize)>,
@@ -39,7 +41,13 @@ pub(crate) struct Doomed {
 }
 
 /// A model of so many ranks, of which `rank` meets its fate in its step number `step`.
-pub(crate) fn doomed(
+pub(crate) fn doomed(world_size: usize, deadline: Duration, fate: (usize, Fate, usize)) -> Doomed {
+    doomed_behind(Arc::default(), world_size, deadline, fate)
+}
+
+/// As [`doomed`], whose first rank passes `gate` in each step.
+pub(crate) fn doomed_behind(
+    gate: Arc<Gate>,
     world_size: usize,
     deadline: Duration,
     (rank, fate, step): (usize, Fate, usize),
@@ -60,6 +68,10 @@ pub(crate) fn doomed(
             model: FakeModel {
                 dropped: mine,
                 ..FakeModel::new(Script::Hash)
+            },
+            gate: match communicator.rank() {
+                0 => gate.clone(),
+                _ => Arc::default(),
             },
             communicator,
             fate,
@@ -129,6 +141,7 @@ impl CausalLm for FakeRank {
         states: &mut [&mut SequenceState],
         probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
     ) -> Result<Tensor, ModelError> {
+        self.gate.pass();
         self.meet()?;
         self.model.forward_probed(batch, states, probe)
     }
