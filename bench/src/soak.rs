@@ -241,7 +241,7 @@ fn bad(chance: &mut StdRng) -> String {
         body.to_string()
     };
     match chance.random_range(0..6) {
-        0 => whole[..whole.floor_char_boundary(whole.len() / 2)].to_owned(),
+        0 => whole.chars().take(whole.len() / 3).collect(),
         1 => with("messages", json!([])),
         2 => with("temperature", json!("warm")),
         3 => with("model", json!("nobody")),

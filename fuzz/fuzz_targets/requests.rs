@@ -74,6 +74,7 @@ static API: LazyLock<(Runtime, Router)> = LazyLock::new(|| {
             source: Path::new(fixture).to_str().expect("text").into(),
             context_length: Some(512),
             quant: None,
+            tensor_parallel: None,
             devices: Vec::new(),
         };
         residency.load(wanted).expect("loads");

@@ -67,6 +67,7 @@ pub async fn serve(
             source: model.source.clone(),
             context_length: model.context_length,
             quant: model.quant,
+            tensor_parallel: model.tensor_parallel,
             devices: Vec::new(),
         };
         residency

@@ -4,7 +4,8 @@
 
 use crate::kernels;
 use crate::memory::SequenceState;
-use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
+use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
+use crate::parallel;
 use crate::quant::Format;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -39,6 +40,9 @@ pub struct BenchArgs {
     /// Threads that compute [default: as many as there are processors]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Share the model among this many ranks, each in threads of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub tensor_parallel: usize,
     /// How often each measurement is made; the median counts.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     pub rounds: usize,
@@ -66,6 +70,8 @@ pub enum BenchError {
 pub struct Report {
     /// Threads that computed.
     pub threads: usize,
+    /// Ranks among which the model and these threads were shared.
+    pub ranks: usize,
     /// Bytes of the weights in memory.
     pub weight_bytes: u64,
     /// Seconds until they were there.
@@ -95,8 +101,10 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{:.3} GB of weights, loaded in {:.1} s; {} threads read {:.1} GB/s\n",
+            "{:.3} GB of weights on {} rank{}, loaded in {:.1} s; {} threads read {:.1} GB/s\n",
             self.weight_bytes as f64 / 1e9,
+            self.ranks,
+            if self.ranks == 1 { "" } else { "s" },
             self.load_seconds,
             self.threads,
             self.read_bandwidth / 1e9
@@ -131,12 +139,13 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
         quant: args.quant,
         ..LoadOptions::cpu()
     };
-    let model = model::load(&args.model, &options, &|_| {})?;
+    let model = parallel::load(&args.model, &options, args.tensor_parallel, &|_| {})?;
     let load_seconds = began.elapsed().as_secs_f64();
     let read_bandwidth = read_bandwidth(args.rounds);
     let measurements = measure(&*model, args, read_bandwidth)?;
     Ok(Report {
         threads: rayon::current_num_threads(),
+        ranks: args.tensor_parallel,
         weight_bytes: model.weight_bytes(),
         load_seconds,
         read_bandwidth,
@@ -285,10 +294,11 @@ mod tests {
             depth: 3,
             batch: vec![1, 0, 3],
             threads: None,
+            tensor_parallel: 1,
             rounds: 1,
             json: false,
         };
-        let model = model::load(&args.model, &LoadOptions::cpu(), &|_| {}).unwrap();
+        let model = parallel::load(&args.model, &LoadOptions::cpu(), 1, &|_| {}).unwrap();
         let bandwidth = 1e9;
         let found = measure(&*model, &args, bandwidth).unwrap();
         let asked: Vec<_> = found.iter().map(|m| (m.what, m.batch, m.tokens)).collect();

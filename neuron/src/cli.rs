@@ -7,6 +7,7 @@ use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand};
 use protocol::node::WeightFormat;
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 /// Holds models on this host and runs them in process.
@@ -51,6 +52,9 @@ pub struct ServeArgs {
     /// Hold its weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k [default: that of its files]
     #[arg(long, value_name = "FORMAT", requires = "model")]
     pub quant: Option<WeightFormat>,
+    /// Share it among this many ranks, each in threads of its own with its part of the weights [default: 1]
+    #[arg(long, value_name = "N", requires = "model")]
+    pub tensor_parallel: Option<NonZeroU32>,
     /// Where to listen [default: as configured, else 127.0.0.1:13131]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
@@ -84,6 +88,7 @@ impl ServeArgs {
                 source: source.clone(),
                 context_length: None,
                 quant: self.quant,
+                tensor_parallel: self.tensor_parallel,
             }];
         }
         if let Some(listen) = self.listen {

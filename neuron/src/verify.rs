@@ -5,11 +5,13 @@
 //! and the state after the prompt.
 
 use crate::memory::{LayerState, SequenceState};
-use crate::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
+use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
+use crate::parallel;
 use crate::quant::Format;
 use candle_core::{DType, Device, Tensor, safetensors};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 
 /// What to verify.
@@ -30,6 +32,9 @@ pub struct VerifyArgs {
     /// Hold the weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k; that of the files without it.
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<Format>,
+    /// Share the model among this many ranks, each in threads of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    pub world_size: usize,
     /// Judge by averages, as fits weights that are rounded: pass when the mean divergence of the predicted
     /// distributions from the golden ones is at most this many nats.
     #[arg(long, value_name = "NATS")]
@@ -84,7 +89,8 @@ pub struct Case {
     /// Largest difference of hidden states, and the first layer where it is too large. Where a layer's numbers are larger
     /// than 16 it counts in proportion to them.
     pub hidden: Option<(f32, Option<usize>)>,
-    /// Largest difference of the state after the prompt, and the first layer where it is too large.
+    /// Largest difference of the state after the prompt, and the first layer where it is too large. Of several ranks the
+    /// convolution's tails are not compared, whose parts are interleaved.
     pub state: Option<(f32, Option<usize>)>,
     /// Largest difference of the logits of routers, and the first layer where it is too large.
     pub routers: Option<(f32, Option<usize>)>,
@@ -261,7 +267,7 @@ pub fn run(args: &VerifyArgs) -> Result<Report, VerifyError> {
         quant: args.quant,
         ..LoadOptions::cpu()
     };
-    let model = model::load(&args.model, &options, &|_| {})?;
+    let model = parallel::load(&args.model, &options, args.world_size, &|_| {})?;
     let golden = safetensors::load(&args.reference, &Device::Cpu).map_err(|source| {
         VerifyError::Reference {
             file: args.reference.clone(),
@@ -461,16 +467,26 @@ fn compare_state(
         let parts: Vec<(&str, Vec<f32>)> = match own {
             LayerState::Attention(place) => {
                 let heads = 0..state.kv_shape().heads;
-                let keys: Vec<_> = heads.clone().map(|head| state.keys(*place, head)).collect();
-                let values: Vec<_> = heads.map(|head| state.values(*place, head)).collect();
-                vec![("k", keys.concat()), ("v", values.concat())]
+                let keys = |part: &SequenceState, head| part.keys(*place, head);
+                let values = |part: &SequenceState, head| part.values(*place, head);
+                vec![
+                    ("k", heads_of_all(state, heads.clone(), keys)),
+                    ("v", heads_of_all(state, heads, values)),
+                ]
             }
-            LayerState::Delta(state) => vec![
-                ("conv", state.conv.clone()),
-                ("recurrent", state.recurrent.clone()),
-            ],
+            LayerState::Delta(own) => {
+                let recurrent = state.parts().flat_map(|part| match &part.layers[layer] {
+                    LayerState::Delta(delta) => &delta.recurrent[..],
+                    LayerState::Attention(_) => &[],
+                });
+                let mut parts = vec![("recurrent", recurrent.copied().collect())];
+                if state.parts().count() == 1 {
+                    parts.push(("conv", own.conv.clone()));
+                }
+                parts
+            }
         };
-        for (part, own) in parts {
+        for (part, mut own) in parts {
             let Some(expected) = golden.get(&format!("state/{layer}/{part}")) else {
                 continue;
             };
@@ -480,11 +496,35 @@ fn compare_state(
             } else {
                 expected.clone()
             };
+            if part != "conv" {
+                own = without_copies(own, expected.elem_count(), expected.dim(0)?);
+            }
             let own = Tensor::from_vec(own, expected.shape(), &Device::Cpu)?;
             differences.push(Ok((layer, max_diff(&own, &expected)?)));
         }
     }
     worst(differences.into_iter(), tolerance)
+}
+
+/// The numbers of each head of each rank, one after the other.
+fn heads_of_all(
+    state: &SequenceState,
+    heads: Range<usize>,
+    numbers: impl Fn(&SequenceState, usize) -> Vec<f32>,
+) -> Vec<f32> {
+    let parts = state.parts();
+    let all = parts.flat_map(|part| heads.clone().map(move |head| (part, head)));
+    all.flat_map(|(part, head)| numbers(part, head)).collect()
+}
+
+/// Neighbouring ranks hold copies of a head where there are fewer heads than ranks: each of the `heads` once.
+fn without_copies(numbers: Vec<f32>, count: usize, heads: usize) -> Vec<f32> {
+    let copies = (numbers.len() / count.max(1)).max(1);
+    if copies == 1 {
+        return numbers;
+    }
+    let each = numbers.chunks(count / heads.max(1)).step_by(copies);
+    each.flatten().copied().collect()
 }
 
 /// The largest difference, and the first place where it is too large; `None` when nothing was compared.

@@ -328,6 +328,48 @@ async fn models_come_and_go_over_http() {
 }
 
 #[tokio::test]
+async fn a_model_in_ranks_answers_as_it_does_in_one() {
+    let mut neuron = Neuron::start(&["--listen", "127.0.0.1:0"]).await;
+    let device = neuron.get("/discovery").await.json()["devices"][0].clone();
+    assert_eq!(
+        (&device["id"], &device["many_ranks"]),
+        (&json!("cpu"), &json!(true))
+    );
+    let mut answers = Vec::new();
+    for ranks in [1, 2, 4] {
+        let wanted = json!({
+            "id": "tiny", "source": fixture(), "context_length": 256,
+            "tensor_parallel": ranks, "devices": ["cpu"],
+        });
+        assert_eq!(neuron.post("/models/load", &wanted).await.status, 202);
+        neuron.log_line(" loaded ").await;
+        let status = neuron.get("/models/tiny").await.json();
+        assert_eq!(status["devices"], json!(["cpu"]), "{status}");
+        let body = chat(
+            "Hi",
+            json!({"temperature": 0, "max_tokens": 40, "ignore_eos": true}),
+        );
+        answers.push(content(&neuron.post(CHAT, &body).await));
+        let metrics = neuron.get("/metrics").await.body;
+        let written = format!(
+            "neuron_generation_tokens_total{{model=\"tiny\"}} {}",
+            40 * answers.len()
+        );
+        assert!(metrics.contains(&written), "{metrics}");
+        neuron.post("/models/unload", &json!({"id": "tiny"})).await;
+        neuron.log_line(" unloaded ").await;
+    }
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(answers[0], answers[2]);
+    let wanted = json!({"id": "tiny", "source": fixture(), "tensor_parallel": 3});
+    assert_eq!(neuron.post("/models/load", &wanted).await.status, 202);
+    neuron.log_line("loading failed").await;
+    let status = neuron.get("/models/tiny").await.json();
+    let reason = status["reason"].as_str().unwrap();
+    assert!(reason.contains("1, 2 or 4 would do"), "{reason}");
+}
+
+#[tokio::test]
 async fn a_broken_folder_is_a_failed_model_that_says_why() {
     let folder = tempfile::tempdir().unwrap();
     for file in [

@@ -12,6 +12,7 @@ use neuron::engine::sampler::{SamplingFields, SamplingParams};
 use neuron::engine::scheduler::Bounds;
 use neuron::engine::{Engine, EngineConfig};
 use neuron::model::{self, CausalLm, LoadOptions};
+use neuron::parallel;
 use neuron::text::output::{Delta, Output, OutputOptions};
 use neuron::text::tokenizer::Tokenizer;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ fn fixture(name: &str) -> PathBuf {
     root().join("tests/fixtures/models").join(name)
 }
 
-fn load(name: &str, drafts: bool) -> Box<dyn CausalLm> {
+fn load(name: &str, drafts: bool, ranks: usize) -> Box<dyn CausalLm> {
     let folder = match name {
         "demo" => root().join("neuron/demo"),
         name => fixture(name),
@@ -48,7 +49,7 @@ fn load(name: &str, drafts: bool) -> Box<dyn CausalLm> {
         drafts,
         ..LoadOptions::cpu()
     };
-    model::load(&folder, &options, &|_| {}).unwrap()
+    parallel::load(&folder, &options, ranks, &|_| {}).unwrap()
 }
 
 /// Prompts of several conversations that begin alike, the later turns of some of them, and some twice.
@@ -84,6 +85,7 @@ struct Serving {
     snapshots: u64,
     /// Tokens guessed ahead.
     drafts: usize,
+    ranks: usize,
 }
 
 /// Starts the model as `serving` says, runs `order` of the prompts one after another or all at once, and gives the answers
@@ -95,7 +97,7 @@ async fn answers(
     at_once: bool,
     temperature: f64,
 ) -> (Vec<Vec<(u32, f32)>>, u64) {
-    let model = load(name, serving.drafts > 0);
+    let model = load(name, serving.drafts > 0, serving.ranks);
     let engine = start(model, serving, f64::INFINITY);
     let tokenizer = tokenizer();
     let prompts = prompts(name);
@@ -225,6 +227,7 @@ async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others
                 blocks: None,
                 snapshots: 0,
                 drafts: 0,
+                ranks: 1,
             };
             let (expected, cached) = answers(name, &alone, &FORWARDS, false, temperature).await;
             assert_eq!(cached, 0);
@@ -261,6 +264,7 @@ async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others
                     blocks,
                     snapshots,
                     drafts,
+                    ranks: 1,
                 };
                 let (found, cached) = answers(name, &serving, &order, at_once, temperature).await;
                 let what = format!("{name} at temperature {temperature}, {what}");
@@ -270,6 +274,48 @@ async fn an_answer_is_the_same_alone_and_in_company_with_and_without_what_others
                     snapshots > 0,
                     "{what}: {cached} tokens were cached"
                 );
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_does_not_depend_on_the_number_of_ranks() {
+    let worlds = [
+        ("qwen3_5_text", &[2, 4][..]),
+        ("qwen3_5_vl_tied", &[2]),
+        ("qwen3_5_moe_vl", &[2]),
+        ("qwen3_next_moe", &[2, 4]),
+        ("qwen3_next_dense", &[2]),
+        ("demo", &[2, 4]),
+    ];
+    for (name, sizes) in worlds {
+        let serving = |ranks, blocks, snapshots, drafts| Serving {
+            max_running: 8,
+            prefill_tokens: 16,
+            blocks,
+            snapshots,
+            drafts,
+            ranks,
+        };
+        let alone = serving(1, None, 0, 0);
+        let (expected, _) = answers(name, &alone, &FORWARDS, false, 0.8).await;
+        for &ranks in sizes {
+            for (what, order, at_once, serving) in [
+                ("in turn", FORWARDS, false, serving(ranks, None, 0, 0)),
+                ("warm", OTHERWISE, false, serving(ranks, None, 100, 0)),
+                (
+                    "with little room",
+                    OTHERWISE,
+                    true,
+                    serving(ranks, Some(14), 5, 0),
+                ),
+                ("guessing", FORWARDS, true, serving(ranks, Some(18), 5, 2)),
+            ] {
+                let (found, cached) = answers(name, &serving, &order, at_once, 0.8).await;
+                let what = format!("{name} on {ranks} ranks, {what}");
+                assert_equal(&found, &expected, &what);
+                assert_eq!(cached > 0, serving.snapshots > 0, "{what}");
             }
         }
     }
@@ -299,6 +345,7 @@ async fn a_long_prompt_hardly_delays_those_that_write() {
         blocks: Some(100_000),
         snapshots: 0,
         drafts: 0,
+        ranks: 1,
     };
     let engine = start(model, &serving, 2.5);
     let tokenizer = tokenizer();

@@ -7,6 +7,7 @@ mod gguf_writer;
 use candle_core::quantized::GgmlDType;
 use candle_core::{Device, Tensor, safetensors};
 use neuron::model::{self, Batch, LoadError, LoadOptions, LogitRows};
+use neuron::parallel;
 use neuron::quant::Format;
 use neuron::residency::folder::{FolderError, ModelText};
 use neuron::residency::preflight;
@@ -98,11 +99,15 @@ fn wide() -> tempfile::TempDir {
 
 /// Logits of a fixed prompt.
 fn logits(place: &Path, quant: Option<Format>) -> Vec<Vec<f32>> {
+    logits_of(1, place, quant)
+}
+
+fn logits_of(ranks: usize, place: &Path, quant: Option<Format>) -> Vec<Vec<f32>> {
     let options = LoadOptions {
         quant,
         ..LoadOptions::cpu()
     };
-    let model = model::load(place, &options, &|_| {}).unwrap();
+    let model = parallel::load(place, &options, ranks, &|_| {}).unwrap();
     let mut random = StdRng::seed_from_u64(9);
     let ids: Vec<u32> = (0..130).map(|_| random.random_range(0..512)).collect();
     let mut state = model.new_state();
@@ -159,22 +164,25 @@ fn a_gguf_file_gives_the_golden_numbers_of_the_checkpoint_it_was_made_of() {
         "qwen3_next_dense",
     ] {
         let (_place, file) = converted(&fixture(name), GgmlDType::F32);
-        let report = verify::run(&VerifyArgs {
-            model: file,
-            reference: fixture(name).join("golden.safetensors"),
-            chunk: Some(65),
-            tolerance: 3e-4,
-            quant: None,
-            max_kl: None,
-        })
-        .unwrap();
-        assert!(report.passed(), "{name}:\n{report}");
-        let drafts = report.cases.iter().any(|case| case.drafts.is_some());
-        assert_eq!(
-            drafts,
-            name.contains("_vl"),
-            "{name}: drafts are in the file"
-        );
+        for world_size in [1, 2] {
+            let report = verify::run(&VerifyArgs {
+                model: file.clone(),
+                reference: fixture(name).join("golden.safetensors"),
+                chunk: Some(65),
+                tolerance: 3e-4,
+                quant: None,
+                world_size,
+                max_kl: None,
+            })
+            .unwrap();
+            assert!(report.passed(), "{name} on {world_size} ranks:\n{report}");
+            let drafts = report.cases.iter().any(|case| case.drafts.is_some());
+            assert_eq!(
+                drafts,
+                name.contains("_vl"),
+                "{name}: drafts are in the file"
+            );
+        }
     }
 }
 
@@ -192,6 +200,12 @@ fn blocks_of_a_gguf_file_are_held_as_they_are() {
         let (_place, file) = converted(folder.path(), kind);
         let found = divergence(&logits(&file, None), &golden);
         assert!(found.mean_kl() < bound, "{kind:?}: {found:?}");
+        // a rank has whole blocks of the files' rows, or what is nearest to a part of one
+        let shared = divergence(&logits_of(2, &file, None), &golden);
+        assert!(
+            shared.mean_kl() < bound,
+            "{kind:?} on two ranks: {shared:?}"
+        );
         // the same numbers widened: nothing but the kernels' rounding of x is between them
         let widened = divergence(&logits(&file, Some(Format::F32)), &golden);
         assert!(widened.mean_kl() < bound, "{kind:?}: {widened:?}");
@@ -202,8 +216,11 @@ fn blocks_of_a_gguf_file_are_held_as_they_are() {
 fn tokenizer_and_template_of_a_gguf_file_are_those_of_the_folder() {
     for folder in [fixture("qwen3_5_text"), demo()] {
         let (_place, file) = converted(&folder, GgmlDType::BF16);
-        preflight::check(&file, None, Some(1 << 30)).unwrap();
-        preflight::check(&file, Some(Format::Q8_0), Some(1000)).unwrap_err();
+        let mut options = LoadOptions::cpu();
+        preflight::check(&file, &options, 1, Some(1 << 30)).unwrap();
+        preflight::check(&file, &options, 2, Some(1 << 30)).unwrap();
+        options.quant = Some(Format::Q8_0);
+        preflight::check(&file, &options, 1, Some(1000)).unwrap_err();
         let (wanted, found) = (
             ModelText::load(&folder).unwrap(),
             ModelText::load(&file).unwrap(),

@@ -1,16 +1,15 @@
-//! The model against the golden numbers: whole, in pieces, token by token, alone, in a batch, on one rank and on two.
+//! The model against the golden numbers: whole, in pieces, token by token, alone, in a batch, on one rank and on many.
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use candle_core::{Device, Tensor, safetensors};
-use neuron::model::{self, Batch, LoadError, LoadOptions, LogitRows};
-use neuron::parallel::{Communicator, Threads};
+use neuron::model::{self, Batch, CausalLm, LoadError, LoadOptions, LogitRows};
+use neuron::parallel;
 use neuron::quant::Format;
 use neuron::verify::{self, VerifyArgs};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 const FIXTURES: [&str; 5] = [
     "qwen3_5_text",
@@ -20,6 +19,14 @@ const FIXTURES: [&str; 5] = [
     "qwen3_next_dense",
 ];
 const TOLERANCE: f32 = 3e-4;
+/// Ranks that each fixture can be shared among: heads divide, or keys are copied where they are fewer than ranks.
+const WORLDS: [(&str, &[usize]); 5] = [
+    ("qwen3_5_text", &[2, 4]),
+    ("qwen3_5_vl_tied", &[2]),
+    ("qwen3_5_moe_vl", &[2]),
+    ("qwen3_next_moe", &[2, 4]),
+    ("qwen3_next_dense", &[2]),
+];
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -34,6 +41,7 @@ fn args(name: &str) -> VerifyArgs {
         chunk: None,
         tolerance: TOLERANCE,
         quant: None,
+        world_size: 1,
         max_kl: None,
     }
 }
@@ -177,10 +185,22 @@ fn a_wrong_number_fails_and_names_the_layer() {
     );
 }
 
+/// Every fixture, on one rank and on each number of them that it can be shared among.
+fn models() -> impl Iterator<Item = (&'static str, usize, Box<dyn CausalLm>)> {
+    let worlds = WORLDS.into_iter();
+    let worlds = worlds.flat_map(|(name, sizes)| {
+        let sizes = std::iter::once(&1).chain(sizes);
+        sizes.map(move |ranks| (name, *ranks))
+    });
+    worlds.map(|(name, ranks)| {
+        let model = parallel::load(&fixture(name), &LoadOptions::cpu(), ranks, &|_| {});
+        (name, ranks, model.unwrap())
+    })
+}
+
 #[test]
 fn alone_and_in_a_batch_are_equal_in_any_order() {
-    for name in FIXTURES {
-        let model = model::load(&fixture(name), &LoadOptions::cpu(), &|_| {}).unwrap();
+    for (name, ranks, model) in models() {
         let golden = golden(name);
         for order in [[1, 7, 63, 65], [65, 63, 7, 1], [7, 65, 1, 63]] {
             let mut states: Vec<_> = order.iter().map(|_| model.new_state()).collect();
@@ -215,7 +235,7 @@ fn alone_and_in_a_batch_are_equal_in_any_order() {
                 );
                 assert!(
                     diff <= TOLERANCE,
-                    "{name}, prompt of {length} in {order:?}: {diff}"
+                    "{name} on {ranks}, prompt of {length} in {order:?}: {diff}"
                 );
             }
         }
@@ -223,55 +243,108 @@ fn alone_and_in_a_batch_are_equal_in_any_order() {
 }
 
 #[test]
-fn one_rank_and_many_are_equal() {
-    // (fixture, ranks): heads divide, or are copied where there are fewer than ranks
-    let worlds = [
-        ("qwen3_5_text", &[2, 4][..]),
-        ("qwen3_5_vl_tied", &[2]),
-        ("qwen3_5_moe_vl", &[2]),
-        ("qwen3_next_moe", &[2, 4]),
-        ("qwen3_next_dense", &[2]),
-    ];
-    for (name, sizes) in worlds {
+fn every_golden_number_is_met_by_any_number_of_ranks() {
+    for (name, sizes) in WORLDS {
         for &world_size in sizes {
-            for logits in logits_of_ranks(name, world_size) {
-                let diff = max_diff(&logits, &golden(name)["len65/logits"]);
-                assert!(
-                    diff <= TOLERANCE,
-                    "{name}: {world_size} ranks differ from the golden logits by {diff}"
-                );
+            for chunk in [None, Some(1), Some(5), Some(64)] {
+                let args = VerifyArgs {
+                    chunk,
+                    world_size,
+                    ..args(name)
+                };
+                let report = verify::run(&args).unwrap();
+                let what = format!("{name} on {world_size} ranks in pieces of {chunk:?}");
+                assert!(report.passed(), "{what}:\n{report}");
+                assert_eq!(report.cases.len(), 7, "{what}");
+                for case in &report.cases {
+                    assert!(case.greedy.is_none_or(|greedy| greedy.is_ok()), "{what}");
+                    if case.tokens == 65 {
+                        assert!(case.hidden.is_some() && case.state.is_some(), "{what}");
+                    }
+                    assert_eq!(
+                        case.drafts.is_some(),
+                        name.contains("_vl") && [7, 65].contains(&case.tokens),
+                        "{what}"
+                    );
+                }
             }
         }
     }
 }
 
-/// The logits that every rank has of the prompt of 65 tokens, run in two pieces.
-fn logits_of_ranks(name: &str, world_size: usize) -> Vec<Tensor> {
-    let ids = prompt(&golden(name), 65);
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = Threads::group(world_size)
-            .into_iter()
-            .map(|rank| {
-                let ids = &ids;
-                scope.spawn(move || {
-                    let rank: Arc<dyn Communicator> = Arc::new(rank);
-                    let folder = fixture(name);
-                    let model =
-                        model::load_rank(&folder, &LoadOptions::cpu(), rank, &|_| {}).unwrap();
-                    let mut state = model.new_state();
-                    let batch = |ids| Batch::single(ids, LogitRows::All);
-                    let first = model
-                        .forward(&batch(&ids[..40]), &mut [&mut state])
-                        .unwrap();
-                    let second = model
-                        .forward(&batch(&ids[40..]), &mut [&mut state])
-                        .unwrap();
-                    Tensor::cat(&[first, second], 0).unwrap()
+#[test]
+fn rounded_weights_of_ranks_stay_within_the_bounds_of_one() {
+    for (quant, bound) in [(Format::Q8_0, 1.3e-2), (Format::Q4K, 1.2e-1)] {
+        for (name, sizes) in WORLDS {
+            for &world_size in sizes {
+                let report = verify::run(&VerifyArgs {
+                    quant: Some(quant),
+                    max_kl: Some(bound),
+                    world_size,
+                    ..args(name)
                 })
-            })
-            .collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    })
+                .unwrap();
+                let what = format!("{name} in {quant} on {world_size} ranks");
+                assert!(report.passed(), "{what}:\n{report}");
+            }
+        }
+    }
+}
+
+/// Three ranks divide the heads of no fixture: a checkpoint with half as many heads again, and other numbers.
+#[test]
+fn three_ranks_and_six_are_equal_to_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let from = fixture("qwen3_5_text");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&fs::read(from.join("config.json")).unwrap()).unwrap();
+    for key in [
+        "num_attention_heads",
+        "num_key_value_heads",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "intermediate_size",
+    ] {
+        config[key] = (config[key].as_u64().unwrap() * 3 / 2).into();
+    }
+    fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let tensors = safetensors::load(from.join("model.safetensors"), &Device::Cpu).unwrap();
+    let wider = tensors.iter().map(|(name, tensor)| {
+        let mut shape = tensor.dims().to_vec();
+        let has = |modules: &[&str]| modules.iter().any(|module| name.contains(module));
+        if has(&["o_proj", "out_proj", "down_proj"]) {
+            shape[1] = shape[1] * 3 / 2;
+        } else if has(&["_proj", "conv1d", "A_log", "dt_bias"]) {
+            shape[0] = shape[0] * 3 / 2;
+        }
+        let seed = name.bytes().map(f32::from).sum::<f32>();
+        let count = shape.iter().product::<usize>();
+        let numbers = (0..count).map(|at| 0.2 * (at as f32 * 12.9898 + seed).sin());
+        let numbers = Tensor::from_iter(numbers, &Device::Cpu).unwrap();
+        (name.clone(), numbers.reshape(shape).unwrap())
+    });
+    let wider: HashMap<String, Tensor> = wider.collect();
+    safetensors::save(&wider, folder.path().join("model.safetensors")).unwrap();
+    let ids = prompt(&golden("qwen3_5_text"), 65);
+    let logits = |ranks| {
+        let model = parallel::load(folder.path(), &LoadOptions::cpu(), ranks, &|_| {}).unwrap();
+        let mut state = model.new_state();
+        let pieces = [&ids[..40], &ids[40..41], &ids[41..]];
+        let logits = pieces.map(|ids| {
+            let batch = Batch::single(ids, LogitRows::All);
+            model.forward(&batch, &mut [&mut state]).unwrap()
+        });
+        Tensor::cat(&logits, 0).unwrap()
+    };
+    let one = logits(1);
+    assert!(
+        max_diff(&one, &one.zeros_like().unwrap()) > 0.1,
+        "they are numbers"
+    );
+    for ranks in [3, 6] {
+        let diff = max_diff(&one, &logits(ranks));
+        assert!(diff <= TOLERANCE, "{ranks} ranks differ by {diff}");
+    }
 }
 
 /// A copy of the text fixture that may be broken.
@@ -363,8 +436,7 @@ fn a_broken_folder_is_refused_by_file_and_tensor() {
 
 #[test]
 fn rows_that_are_taken_back_leave_no_trace() {
-    for name in FIXTURES {
-        let model = model::load(&fixture(name), &LoadOptions::cpu(), &|_| {}).unwrap();
+    for (name, ranks, model) in models() {
         let ids = prompt(&golden(name), 65);
         let forward = |batch: &Batch, state: &mut _| model.forward(batch, &mut [state]).unwrap();
         for start in [1, 15, 16, 40] {
@@ -385,7 +457,7 @@ fn rows_that_are_taken_back_leave_no_trace() {
                 let diff = max_diff(&forward(&rest, &mut straight), &forward(&rest, &mut back));
                 assert!(
                     diff <= TOLERANCE,
-                    "{name}: {kept} of {rows} from {start}: {diff}"
+                    "{name} on {ranks}: {kept} of {rows} from {start}: {diff}"
                 );
             }
         }

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::num::NonZeroU32;
 use std::str::FromStr;
 
 /// A host as it describes itself.
@@ -33,6 +34,9 @@ pub struct DeviceInfo {
     pub total_bytes: u64,
     /// Bytes of it free now.
     pub free_bytes: u64,
+    /// Whether it holds any number of ranks of one model, as a CPU does, where ranks are threads; other devices hold one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub many_ranks: bool,
 }
 
 /// Where a model stands on a node.
@@ -140,9 +144,21 @@ pub struct LoadModel {
     /// The number format to hold weights in; that of the files when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quant: Option<WeightFormat>,
+    /// Ranks among which the model is shared, each with its part of the weights and on a device of its own where that does
+    /// not hold [many](DeviceInfo::many_ranks); one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<NonZeroU32>,
     /// The devices to hold it, by their [`DeviceInfo::id`], the same share on each; the node's choice when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
+}
+
+impl LoadModel {
+    /// Ranks among which the model is shared, 1 or more.
+    #[must_use]
+    pub fn ranks(&self) -> usize {
+        self.tensor_parallel.map_or(1, |ranks| ranks.get() as usize)
+    }
 }
 
 /// How the numbers of a model's weight matrices are held in memory.

@@ -313,6 +313,7 @@ async fn discovery(State((shared, _)): State<Node>) -> Response {
             name: "scripted".into(),
             total_bytes: total,
             free_bytes: total.saturating_sub(used),
+            many_ranks: true,
         }],
         features: vec!["cpu".into()],
     };
@@ -343,7 +344,11 @@ async fn cards(State((shared, _)): State<Node>, headers: HeaderMap) -> Response 
 async fn load(State((shared, _)): State<Node>, body: Bytes) -> Response {
     let load: LoadModel = serde_json::from_slice(&body).unwrap();
     let mut shared = shared.lock().unwrap();
-    shared.changes.push(format!("load {}", load.id));
+    let ranks = match load.ranks() {
+        1 => String::new(),
+        ranks => format!(" on {ranks} ranks"),
+    };
+    shared.changes.push(format!("load {}{ranks}", load.id));
     let bytes = shared.sizes.get(&load.id).copied().unwrap_or(100);
     let mut model = status(&load.id, ModelState::Loaded, bytes);
     let used: u64 = shared.models.values().map(|model| model.memory_bytes).sum();

@@ -45,6 +45,21 @@ async fn a_cold_model_is_loaded_once_for_ten_callers() {
 }
 
 #[tokio::test]
+async fn a_node_is_told_among_how_many_ranks_to_share_a_model() {
+    let node = FakeNode::start("a").await;
+    let models = [
+        model("one", 100, "tensor_parallel = 1"),
+        model("two", 100, "tensor_parallel = 2"),
+    ];
+    let cortex = Cortex::start(&[("a", node.address)], &models.concat(), "").await;
+    for id in ["one", "two"] {
+        let (status, answer) = cortex.ask("/v1/chat/completions", &request(id)).await;
+        assert_eq!(status, StatusCode::OK, "{id}: {answer}");
+    }
+    assert_eq!(node.changes(), ["load one", "load two on 2 ranks"]);
+}
+
+#[tokio::test]
 async fn the_least_recently_used_model_makes_room_and_a_pinned_one_never() {
     let node = FakeNode::start("a")
         .await

@@ -244,6 +244,7 @@ fn node_info() -> NodeInfo {
             name: "mock".into(),
             total_bytes: 16 * MEMORY,
             free_bytes: 15 * MEMORY,
+            many_ranks: false,
         }],
         features: vec!["cpu".into()],
     }

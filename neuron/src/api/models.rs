@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, StatusCode};
 use protocol::ApiError;
 use protocol::models::{ModelCard, ModelList};
 use protocol::node::{LoadModel, ModelStatus, NodeModels, UnloadModel, WeightFormat};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 const LOAD_FIELDS: &[Field] = &[
@@ -25,6 +26,11 @@ const LOAD_FIELDS: &[Field] = &[
         "quant",
         is::<Option<WeightFormat>>,
         "one of f32, f16, bf16, q8_0, q6_k, q5_k, q4_k",
+    ),
+    (
+        "tensor_parallel",
+        is::<Option<NonZeroU32>>,
+        "a whole number, 1 or more",
     ),
     (
         "devices",
@@ -81,23 +87,22 @@ pub(super) async fn load(
         let message = "`context_length` must be 1 or more";
         return Err(ApiError::invalid("context_length", message).into());
     }
-    check_devices(&wanted.devices)?;
+    check_devices(&wanted)?;
     let status = state.residency.load(wanted).map_err(load_refused)?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }
 
-/// Models are loaded on the default device alone: anything else would not be where the caller counts on it.
-fn check_devices(wanted: &[String]) -> Result<(), ApiError> {
-    let here = devices::id_of(&devices::default_device());
-    let refuse = |message: String| Err(ApiError::invalid("devices", message));
-    match wanted {
-        [] => Ok(()),
-        [one] if *one == here => Ok(()),
-        [one] => refuse(format!(
-            "there is no device `{one}` here to load models on, only `{here}`"
-        )),
-        _ => refuse("this neuron does not share a model among devices yet".into()),
-    }
+/// A model is loaded where the caller counts on it: on devices that are here, with a rank on each unless they hold many.
+fn check_devices(wanted: &LoadModel) -> Result<(), ApiError> {
+    let refuse = |(param, message): (&str, String)| Err(ApiError::invalid(param, message));
+    devices::check(&wanted.devices, wanted.ranks()).or_else(|refused| {
+        refuse(match refused {
+            devices::Refused::Unknown { .. } | devices::Refused::Twice(_) => {
+                ("devices", refused.to_string())
+            }
+            devices::Refused::TooFew { .. } => ("tensor_parallel", refused.to_string()),
+        })
+    })
 }
 
 /// `POST /models/unload`: answers at once.

@@ -26,13 +26,14 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
     let registry = Registry::new();
     let once = Mutex::new(Some(model));
     let loader: Box<Loader> =
-        Box::new(move |_, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
+        Box::new(move |_, _, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
     let residency = Residency::with_loader(&config, &registry, loader);
     let wanted = LoadModel {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),
         context_length: None,
         quant: None,
+        tensor_parallel: None,
         devices: Vec::new(),
     };
     residency.load(wanted).unwrap();
@@ -807,6 +808,20 @@ async fn every_bad_request_names_what_is_wrong() {
             json!({"id": "a"}),
             400,
             Some("source"),
+            None,
+        ),
+        (
+            "/models/load",
+            json!({"id": "a", "source": "b", "tensor_parallel": 0}),
+            400,
+            Some("tensor_parallel"),
+            None,
+        ),
+        (
+            "/models/load",
+            json!({"id": "a", "source": "b", "tensor_parallel": 2, "devices": ["cuda:0", "cuda:1"]}),
+            400,
+            Some("devices"),
             None,
         ),
         (

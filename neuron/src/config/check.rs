@@ -110,6 +110,7 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             source: model.source,
             context_length: model.context_length,
             quant: model.quant,
+            tensor_parallel: model.tensor_parallel,
         });
     }
     let cache_dir = settings.hub.cache_dir.map(PathBuf::from);

@@ -13,6 +13,7 @@ use protocol::node::WeightFormat;
 use settings::Settings;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -48,6 +49,8 @@ pub struct ModelConfig {
     pub context_length: Option<u64>,
     /// The number format of its weights in memory; that of the files when absent.
     pub quant: Option<WeightFormat>,
+    /// Ranks among which it is shared; one when absent.
+    pub tensor_parallel: Option<NonZeroU32>,
 }
 
 /// Bounds on what one client can make the daemon do. The counts hold for each model.
@@ -185,6 +188,10 @@ mod tests {
             (
                 "[[models]]\nid = \"a\"\nsource = \"b\"\n[[models]]\nid = \"a\"\nsource = \"c\"",
                 "models[1].id",
+            ),
+            (
+                "[[models]]\nid = \"a\"\nsource = \"b\"\ntensor_parallel = 0",
+                "tensor_parallel",
             ),
             ("[log]\nformat = \"xml\"", "format"),
             ("listen = ", "line 1"),

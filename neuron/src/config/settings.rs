@@ -3,6 +3,7 @@
 use super::ConfigError;
 use protocol::node::WeightFormat;
 use serde::{Deserialize, Serialize};
+use std::num::NonZeroU32;
 use std::path::Path;
 
 /// The file. Absent keys have the value of [`Settings::default`].
@@ -79,6 +80,8 @@ pub(super) struct ModelSettings {
     pub(super) context_length: Option<u64>,
     /// The number format of the weights in memory; that of the files when absent.
     pub(super) quant: Option<WeightFormat>,
+    /// Ranks among which it is shared; one when absent.
+    pub(super) tensor_parallel: Option<NonZeroU32>,
 }
 
 impl Default for Settings {
@@ -160,6 +163,7 @@ impl Settings {
                 source: String::new(),
                 context_length: Some(1),
                 quant: Some(WeightFormat::Q8_0),
+                tensor_parallel: Some(NonZeroU32::MIN),
             }],
             ..Self::default()
         }

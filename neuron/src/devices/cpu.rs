@@ -17,6 +17,7 @@ pub(super) fn describe() -> DeviceInfo {
         name: name().unwrap_or_else(|| std::env::consts::ARCH.into()),
         total_bytes: memory.total,
         free_bytes: memory.free,
+        many_ranks: true,
     }
 }
 

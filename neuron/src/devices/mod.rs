@@ -44,3 +44,100 @@ pub fn features() -> Vec<String> {
     }
     features
 }
+
+/// A model cannot go where it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// There is no such device.
+    #[error("there is no device `{device}` here to load models on, only {here}")]
+    Unknown {
+        /// What was named.
+        device: String,
+        /// What there is.
+        here: String,
+    },
+    /// A device is named twice.
+    #[error("device `{0}` is named twice")]
+    Twice(String),
+    /// Ranks need a device each.
+    #[error(
+        "{ranks} ranks need a device each, and {devices} can be had for them; use `tensor_parallel` of {devices} or less"
+    )]
+    TooFew {
+        /// Ranks that were asked for.
+        ranks: usize,
+        /// Devices for them.
+        devices: usize,
+    },
+}
+
+/// Checks that `ranks` of a model can be on the devices `wanted`, or on those of this host where none are named. A rank needs a
+/// device of its own unless the device holds many.
+///
+/// # Errors
+/// Why they cannot.
+pub fn check(wanted: &[String], ranks: usize) -> Result<(), Refused> {
+    check_among(&inventory(), wanted, ranks)
+}
+
+fn check_among(here: &[DeviceInfo], wanted: &[String], ranks: usize) -> Result<(), Refused> {
+    for (at, device) in wanted.iter().enumerate() {
+        if !here.iter().any(|known| known.id == *device) {
+            let names: Vec<String> = here.iter().map(|known| format!("`{}`", known.id)).collect();
+            return Err(Refused::Unknown {
+                device: device.clone(),
+                here: names.join(", "),
+            });
+        }
+        if wanted[..at].contains(device) {
+            return Err(Refused::Twice(device.clone()));
+        }
+    }
+    let named = |known: &&DeviceInfo| wanted.is_empty() || wanted.contains(&known.id);
+    let (many, single): (Vec<_>, Vec<_>) = here
+        .iter()
+        .filter(named)
+        .partition(|known| known.many_ranks);
+    if many.is_empty() && single.len() < ranks {
+        return Err(Refused::TooFew {
+            ranks,
+            devices: single.len(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device(id: &str, many_ranks: bool) -> DeviceInfo {
+        DeviceInfo {
+            id: id.into(),
+            name: String::new(),
+            total_bytes: 0,
+            free_bytes: 0,
+            many_ranks,
+        }
+    }
+
+    #[test]
+    fn a_cpu_holds_any_number_of_ranks_and_other_devices_one_each() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let cpu = [device("cpu", true)];
+        for ranks in [1, 2, 64] {
+            check_among(&cpu, &[], ranks).unwrap();
+            check_among(&cpu, &names(&["cpu"]), ranks).unwrap();
+        }
+        let cards = [device("cuda:0", false), device("cuda:1", false)];
+        check_among(&cards, &[], 2).unwrap();
+        check_among(&cards, &names(&["cuda:1"]), 1).unwrap();
+        let too_few = |ranks, devices| Err(Refused::TooFew { ranks, devices });
+        assert_eq!(check_among(&cards, &[], 3), too_few(3, 2));
+        assert_eq!(check_among(&cards, &names(&["cuda:1"]), 2), too_few(2, 1));
+        let twice = check_among(&cards, &names(&["cuda:1", "cuda:1"]), 2);
+        assert_eq!(twice, Err(Refused::Twice("cuda:1".into())));
+        let unknown = check_among(&cpu, &names(&["cuda:0"]), 1).unwrap_err();
+        assert!(matches!(unknown, Refused::Unknown { .. }), "{unknown}");
+    }
+}

@@ -55,7 +55,8 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn pass(&self) {
+    /// Waits until the next step may pass.
+    pub(crate) fn pass(&self) {
         let mut steps = self.steps.lock().unwrap();
         loop {
             match steps.as_mut() {
@@ -151,6 +152,10 @@ impl CausalLm for FakeModel {
 
     fn pool(&self) -> &KvPool {
         &self.pool
+    }
+
+    fn drafts(&self) -> bool {
+        true
     }
 
     /// It keeps the tokens it has seen, half of its memory in either kind of layer.

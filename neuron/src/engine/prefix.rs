@@ -168,20 +168,20 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         lookup
     }
 
-    /// Keeps the full blocks of `tokens` and a snapshot of what they end in, unless they are known already.
+    /// Keeps the full blocks of `tokens`, the n-th of which is `block(n)`, and a snapshot of what they end in, unless they are known already.
     /// Returns whether the snapshot was new and was kept.
     pub fn keep(
         &mut self,
         salt: Option<&Arc<str>>,
         tokens: &[u32],
-        blocks: &[B],
+        block: impl Fn(usize) -> B,
         snapshot: impl FnOnce() -> (S, u64),
     ) -> bool {
         let mut id = self.root(salt);
         let full = tokens.chunks_exact(BLOCK);
         let tail = full.remainder();
-        for (tokens, block) in full.zip(blocks) {
-            id = self.child(id, tokens, block);
+        for (at, tokens) in full.enumerate() {
+            id = self.child(id, tokens, || block(at));
             self.use_node(id);
         }
         let known = self.nodes[&id].snapshots.iter();
@@ -284,13 +284,13 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         id
     }
 
-    fn child(&mut self, parent: NodeId, tokens: &[u32], block: &B) -> NodeId {
+    fn child(&mut self, parent: NodeId, tokens: &[u32], block: impl FnOnce() -> B) -> NodeId {
         if let Some(child) = self.nodes[&parent].children.get(tokens) {
             return *child;
         }
         let used = self.nodes[&parent].used;
         self.leaves.remove(&used);
-        let id = self.add(Some(parent), tokens.into(), Some(block.clone()));
+        let id = self.add(Some(parent), tokens.into(), Some(block()));
         self.node(parent).children.insert(tokens.into(), id);
         let used = self.nodes[&id].used;
         self.leaves.insert(used, id);
@@ -370,7 +370,8 @@ mod tests {
     }
 
     fn keep(tree: &mut Tree, tokens: &[u32]) -> bool {
-        tree.keep(None, tokens, &blocks(tokens), || (tokens.to_vec(), 1))
+        let block = |at: usize| blocks(tokens)[at].clone();
+        tree.keep(None, tokens, block, || (tokens.to_vec(), 1))
     }
 
     fn counted(from: u32, count: usize) -> Vec<u32> {
@@ -422,7 +423,8 @@ mod tests {
         let tokens = counted(0, 50);
         let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
         let kept = || (tokens[..40].to_vec(), 1);
-        tree.keep(Some(&a), &tokens[..40], &blocks(&tokens[..40]), kept);
+        let block = |at: usize| blocks(&tokens[..40])[at].clone();
+        tree.keep(Some(&a), &tokens[..40], block, kept);
         assert!(tree.find(Some(&a), &tokens).found.is_some());
         assert!(tree.find(Some(&b), &tokens).found.is_none());
         assert!(tree.find(None, &tokens).found.is_none());

@@ -5,13 +5,12 @@ use super::plan::Plan;
 use super::prefix::{Found, PrefixTree};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
-use crate::memory::pool::{Block, KvPool, KvShape};
-use crate::memory::{SequenceState, Snapshot};
+use crate::memory::pool::{KvPool, KvShape};
+use crate::memory::{SequenceState, SharedBlock, Snapshot};
 use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
 use candle_core::{IndexOp, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// The model, the state of every sequence that has begun, and what ended ones have left.
 pub(super) struct ModelRunner {
@@ -19,7 +18,7 @@ pub(super) struct ModelRunner {
     pool: KvPool,
     states: HashMap<SequenceId, SequenceState>,
     /// None when nothing is kept.
-    prefixes: Option<PrefixTree<Arc<Block>, Snapshot>>,
+    prefixes: Option<PrefixTree<SharedBlock, Snapshot>>,
     /// Most tokens guessed ahead of a sequence.
     drafts: usize,
     /// Of the last step, what the drafting layer works on.
@@ -70,7 +69,7 @@ impl ModelRunner {
         metrics: ModelMetrics,
     ) -> Self {
         let pool = model.pool().clone();
-        pool.set_capacity(bounds.blocks);
+        model.bound_blocks(bounds.blocks);
         metrics.blocks.set(whole(bounds.blocks));
         Self {
             model,
@@ -101,7 +100,8 @@ impl ModelRunner {
             let bytes = snapshot.bytes();
             (snapshot, bytes)
         };
-        if prefixes.keep(sequence.salt.as_ref(), tokens, state.blocks(), snapshot) {
+        let block = |at| state.block(at);
+        if prefixes.keep(sequence.salt.as_ref(), tokens, block, snapshot) {
             self.metrics.snapshots_saved.inc();
         }
         self.tell();
@@ -234,7 +234,7 @@ impl ModelRunner {
             return;
         };
         while self.pool.free() < wanted(states) {
-            if !prefixes.evict(|block| Arc::strong_count(block) == 1) {
+            if !prefixes.evict(SharedBlock::is_last) {
                 break;
             }
         }
@@ -275,7 +275,7 @@ impl Store for ModelRunner {
             }) = lookup.found
             {
                 begun.computed = tokens;
-                state = Some(snapshot.resume(blocks, self.pool.clone()));
+                state = Some(snapshot.resume(blocks));
             }
             self.metrics
                 .cache_queries

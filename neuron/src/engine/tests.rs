@@ -7,6 +7,8 @@ use super::request::{EngineError, Event, Events, Finish, Request};
 use super::sampler::{SamplingFields, SamplingParams};
 use super::scheduler::Bounds;
 use super::{AdmissionLimits, Engine, EngineConfig, Rejected};
+use crate::model::CausalLm;
+use crate::parallel::fake::{Doomed, Fate, doomed_behind};
 use crate::text::grammar::{Grammars, Shape};
 use crate::text::output::{Delta, Output, OutputOptions};
 use crate::text::tokenizer::Tokenizer;
@@ -52,9 +54,13 @@ impl EngineConfig {
 }
 
 fn bench_with(model: FakeModel, config: EngineConfig) -> Bench {
+    bench_of(Box::new(model), config)
+}
+
+fn bench_of(model: Box<dyn CausalLm>, config: EngineConfig) -> Bench {
     let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("m");
     Bench {
-        engine: Engine::start(Box::new(model), config, metrics).unwrap(),
+        engine: Engine::start(model, config, metrics).unwrap(),
         tokenizer: tiny(),
     }
 }
@@ -590,6 +596,49 @@ async fn a_fault_ends_every_request_at_once_and_closes_the_door() {
         let again = bench.request("Hello", 1, SamplingParams::greedy());
         assert_eq!(bench.engine.submit(again).unwrap_err(), Rejected::Closed);
         assert_eq!(bench.engine.in_flight(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_rank_that_dies_or_stalls_ends_every_request_and_closes_the_door() {
+    let patient = Duration::from_secs(3600);
+    for (fate, deadline, said) in [
+        (
+            Fate::Fails,
+            patient,
+            "rank 1 failed: device fault: a planted fault",
+        ),
+        (
+            Fate::Panics,
+            patient,
+            "rank 1 failed: it panicked: a planted panic",
+        ),
+        (
+            Fate::Stalls,
+            Duration::from_millis(1),
+            "rank 1 did not come within 1ms",
+        ),
+    ] {
+        let first_step = usize::from(fate != Fate::Stalls); // whoever is in a hurry must not have to come in time
+        let gate = Gate::closed_after(0);
+        let doomed = doomed_behind(gate.clone(), 2, deadline, (1, fate, first_step));
+        let Doomed { ranks, hold, .. } = doomed;
+        let bench = bench_of(Box::new(ranks), config());
+        let mut all: Vec<Events> = (0..3)
+            .map(|_| bench.submit("Hello", 100, SamplingParams::greedy()))
+            .collect();
+        gate.open();
+        for events in &mut all {
+            let (_, end) = collect(events).await;
+            let error = end.unwrap_err();
+            let fault = EngineError::Fault(said.into());
+            assert_eq!(error.to_string(), fault.to_string());
+        }
+        bench.engine.drain(Duration::from_secs(60)).await;
+        assert_eq!(bench.engine.fault(), Some(said));
+        let again = bench.request("Hello", 1, SamplingParams::greedy());
+        assert_eq!(bench.engine.submit(again).unwrap_err(), Rejected::Closed);
+        drop(hold);
     }
 }
 

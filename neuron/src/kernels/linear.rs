@@ -1,4 +1,4 @@
-//! `x · Wᵀ` for weights in any format, which lie in panels ([`crate::quant::panels`]): few rows stream the weights once, many
+//! `x · Wᵀ` for weights in any format, which lie in panels (`quant::panels`): few rows stream the weights once, many
 //! rows meet some panels at a time, which stay in the caches meanwhile.
 
 use super::{has_avx2, has_avx512, with_f32};
@@ -297,7 +297,7 @@ fn multiply_stripe<L: Lanes, B: Tile>(
 /// Copies as many numbers as both have: mostly all of a panel, which takes an instruction or two.
 #[inline(always)]
 fn copy(from: &[f32], to: &mut [f32]) {
-    match (from.as_array::<PANEL>(), to.as_mut_array::<PANEL>()) {
+    match (from.first_chunk::<PANEL>(), to.first_chunk_mut::<PANEL>()) {
         (Some(from), Some(to)) => *to = *from,
         _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
     }

@@ -19,6 +19,24 @@ pub struct SequenceState {
     /// Keys and values of all layers, [`BLOCK`] tokens each; the last ones may have room.
     blocks: Vec<Arc<Block>>,
     pool: KvPool,
+    /// What the other ranks of the model remember of the same tokens, in their order; none of those that have not begun or
+    /// are at work with it.
+    others: Vec<Option<SequenceState>>,
+}
+
+/// A block of keys and values with those that other ranks hold of the same tokens.
+#[derive(Debug, Clone)]
+pub struct SharedBlock {
+    own: Arc<Block>,
+    others: Box<[Arc<Block>]>,
+}
+
+impl SharedBlock {
+    /// Whether nobody else holds it.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        Arc::strong_count(&self.own) == 1
+    }
 }
 
 /// What one layer remembers.
@@ -86,7 +104,30 @@ impl SequenceState {
             layers,
             blocks: Vec::new(),
             pool,
+            others: Vec::new(),
         }
+    }
+
+    /// The same with room for what so many other ranks remember.
+    pub(crate) fn shared_among(mut self, others: usize) -> Self {
+        self.others.resize_with(others, || None);
+        self
+    }
+
+    /// The part of another rank, for as long as it computes; none where the sequence has not begun.
+    pub(crate) fn lend(&mut self, other: usize) -> Option<Self> {
+        self.others.get_mut(other)?.take()
+    }
+
+    /// Takes the part of another rank back.
+    pub(crate) fn give_back(&mut self, other: usize, part: Self) {
+        debug_assert_eq!(part.len, self.len, "all ranks have seen the same tokens");
+        self.others[other] = Some(part);
+    }
+
+    /// What each rank remembers, in their order.
+    pub fn parts(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.others.iter().flatten())
     }
 
     /// Tokens whose effect is in it.
@@ -99,6 +140,19 @@ impl SequenceState {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The block number `at` of all ranks, to be shared.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    #[must_use]
+    pub fn block(&self, at: usize) -> SharedBlock {
+        let others = self.others.iter().flatten();
+        SharedBlock {
+            own: self.blocks[at].clone(),
+            others: others.map(|part| part.blocks[at].clone()).collect(),
+        }
     }
 
     /// Keys and values so far.
@@ -157,11 +211,15 @@ impl SequenceState {
                 state.keep_rows(rows);
             }
         }
+        for part in self.others.iter_mut().flatten() {
+            part.keep_rows(rows, of);
+        }
     }
 
     /// Takes back what the drafting layer guessed ahead of the sequence.
     pub fn follow(&mut self) {
         self.drafted = self.drafted.min(self.len);
+        self.others.iter_mut().flatten().for_each(Self::follow);
     }
 
     /// Keys of a place and head so far: `(tokens, dim)`.
@@ -207,11 +265,16 @@ impl SequenceState {
     pub fn snapshot(&self) -> Snapshot {
         let partial =
             (!self.len.is_multiple_of(BLOCK)).then(|| self.blocks[self.len / BLOCK].clone());
+        let others = self.others.iter();
         Snapshot {
             len: self.len,
             drafted: self.drafted,
             layers: self.layers.clone(),
             partial,
+            pool: self.pool.clone(),
+            others: others
+                .map(|part| part.as_ref().map(Self::snapshot))
+                .collect(),
         }
     }
 }
@@ -224,6 +287,8 @@ pub struct Snapshot {
     layers: Vec<LayerState>,
     /// The block that is not full.
     partial: Option<Arc<Block>>,
+    pool: KvPool,
+    others: Vec<Option<Snapshot>>,
 }
 
 impl Snapshot {
@@ -239,7 +304,7 @@ impl Snapshot {
         self.len == 0
     }
 
-    /// Bytes it holds beside its block.
+    /// Bytes it holds beside its block, over all ranks.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let floats: usize = self
@@ -250,12 +315,26 @@ impl Snapshot {
                 LayerState::Delta(state) => state.conv.len() + state.recurrent.len(),
             })
             .sum();
-        4 * floats as u64
+        let others = self.others.iter().flatten().map(Self::bytes);
+        4 * floats as u64 + others.sum::<u64>()
     }
 
     /// A sequence that goes on from here. `full` are the blocks before, all of them full.
     #[must_use]
-    pub fn resume(&self, mut full: Vec<Arc<Block>>, pool: KvPool) -> SequenceState {
+    pub fn resume(&self, full: Vec<SharedBlock>) -> SequenceState {
+        let others = self.others.iter().enumerate();
+        let others = others.map(|(at, part)| {
+            let blocks = full.iter().map(|block| block.others[at].clone());
+            part.as_ref().map(|part| part.resume_part(blocks.collect()))
+        });
+        let others = others.collect();
+        SequenceState {
+            others,
+            ..self.resume_part(full.into_iter().map(|block| block.own).collect())
+        }
+    }
+
+    fn resume_part(&self, mut full: Vec<Arc<Block>>) -> SequenceState {
         debug_assert_eq!(full.len(), self.len / BLOCK, "every full block is there");
         full.extend(self.partial.clone());
         SequenceState {
@@ -263,7 +342,8 @@ impl Snapshot {
             drafted: self.drafted,
             layers: self.layers.clone(),
             blocks: full,
-            pool,
+            pool: self.pool.clone(),
+            others: Vec::new(),
         }
     }
 }
@@ -300,8 +380,8 @@ mod tests {
             let mut first = SequenceState::new(vec![LayerState::Attention(0)], pool.clone());
             write(&mut first, &head);
             let snapshot = first.snapshot();
-            let full = first.blocks()[..cut / BLOCK].to_vec();
-            let mut second = snapshot.resume(full, pool.clone());
+            let full = (0..cut / BLOCK).map(|at| first.block(at)).collect();
+            let mut second = snapshot.resume(full);
             write(&mut first, &[-1.0; 20]);
             write(&mut second, &[-2.0; 20]);
             assert_eq!(read(&first), [&head[..], &[-1.0; 20]].concat(), "{cut}");

@@ -10,7 +10,7 @@ pub use batch::{Batch, LogitRows, Segment};
 
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
-use crate::parallel::{Communicator, Solo};
+use crate::parallel::{Communicator, GroupError, Indivisible, Solo};
 use crate::quant::Format;
 use crate::weights::{self, Fault, Weights};
 use candle_core::{Device, Tensor};
@@ -40,12 +40,18 @@ pub trait CausalLm: Send {
     /// Where the keys and values of all its sequences lie.
     fn pool(&self) -> &KvPool;
 
+    /// Bounds the blocks that all sequences may hold together.
+    fn bound_blocks(&self, blocks: usize) {
+        self.pool().set_capacity(blocks);
+    }
+
     /// The state of a sequence that has not begun.
     fn new_state(&self) -> SequenceState;
 
     /// Runs the rows of `batch`, advancing the state of each segment by its rows.
     ///
-    /// Returns the logits of [`Batch::logit_rows`] in that order: (rows, vocab), f32.
+    /// Returns the logits of [`Batch::logit_rows`] in that order: (rows, vocab), f32. Of a part of a model, only the first
+    /// has them; the others return no rows.
     ///
     /// # Errors
     /// On a fault of the device; the states of the batch are then unusable.
@@ -67,6 +73,11 @@ pub trait CausalLm: Send {
         states: &mut [&mut SequenceState],
         probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
     ) -> Result<Tensor, ModelError>;
+
+    /// Whether it can [`draft`](CausalLm::draft).
+    fn drafts(&self) -> bool {
+        false
+    }
 
     /// Logits of the tokens after next, by a layer of their own, where the model has one and it was loaded: the rows of
     /// `batch` are the tokens i + 1 and `hidden`, (t, hidden), is what [`Seen::Final`] showed at the tokens i. A sequence's
@@ -156,6 +167,34 @@ pub fn load_rank(
     communicator: Arc<dyn Communicator>,
     progress: &dyn Fn(f32),
 ) -> Result<Box<dyn CausalLm>, LoadError> {
+    let (config, weights) = open(folder, options, communicator, progress)?;
+    Ok(Box::new(Qwen3_5ForCausalLm::load(
+        config, &weights, options,
+    )?))
+}
+
+/// Bytes of weights that the rank of `communicator` would hold of the model in `folder`. Of its files only what they say
+/// of themselves is read.
+///
+/// # Errors
+/// [`LoadError::Tensors`] with all that cannot be shared so; as [`load`] when the folder cannot be read.
+pub fn planned_weight_bytes(
+    folder: &Path,
+    options: &LoadOptions,
+    communicator: Arc<dyn Communicator>,
+) -> Result<u64, LoadError> {
+    let (config, weights) = open(folder, options, communicator, &|_| {})?;
+    let model = Qwen3_5ForCausalLm::load(config, &weights.planned(), options)?;
+    Ok(model.weight_bytes())
+}
+
+/// The configuration and the weights of the model in `folder`.
+fn open<'a>(
+    folder: &Path,
+    options: &LoadOptions,
+    communicator: Arc<dyn Communicator>,
+    progress: &'a dyn Fn(f32),
+) -> Result<(Config, Weights<'a>), LoadError> {
     let model_type = model_type(folder)?;
     if !qwen3_5::config::MODEL_TYPES.contains(&model_type.as_str()) {
         return Err(LoadError::UnknownArchitecture {
@@ -164,18 +203,15 @@ pub fn load_rank(
         });
     }
     let config = Config::read(folder, options.context_length)?;
-    let heads = config.grouped_heads();
     let weights = Weights::open(
         folder,
-        heads,
+        config.grouped_heads(),
         &options.device,
         options.quant,
         communicator,
         progress,
     )?;
-    Ok(Box::new(Qwen3_5ForCausalLm::load(
-        config, &weights, options,
-    )?))
+    Ok((config, weights))
 }
 
 /// What the checkpoint calls the architecture.
@@ -199,6 +235,12 @@ pub enum ModelError {
     /// More tokens than the blocks of the pool hold.
     #[error(transparent)]
     NoBlocks(#[from] NoBlocks),
+    /// The parts of the model can no longer work together.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// Drafts were asked of a model that has no layer for them.
+    #[error("the model has no layer that drafts")]
+    NoDrafts,
 }
 
 /// A model folder could not be loaded.
@@ -257,6 +299,12 @@ pub enum LoadError {
     /// The device has no room, or refused an operation.
     #[error("device fault while loading: {0}")]
     Device(#[from] candle_core::Error),
+    /// The parts of the model cannot be brought together.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// The model has no such parts.
+    #[error(transparent)]
+    Indivisible(#[from] Indivisible),
 }
 
 /// Faults in one line; a checkpoint of another model has thousands, of which the first tell enough.

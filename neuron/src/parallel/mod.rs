@@ -1,15 +1,33 @@
-//! Ranks: what a part of a model knows of the others.
+//! Ranks: the parts of a model that is shared out, what they tell each other, and the one model they are together.
 
-use candle_core::{Result, Tensor};
+use candle_core::Tensor;
 use std::fmt::Debug;
+use std::time::Duration;
 
+mod planned;
+mod rank;
+mod ranks;
 mod solo;
 mod threads;
 
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod suite;
+
+pub use planned::{Indivisible, weight_bytes};
+pub use ranks::{Ranks, load};
 pub use solo::Solo;
 pub use threads::Threads;
 
-/// Joins the partial results of all ranks. Every rank makes the same calls in the same order.
+/// How long ranks wait for one of them before they give it up: many times what any step takes between two calls, and less
+/// than the patience of those who wait for an answer.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Joins the partial results of all ranks. Every rank makes the same calls in the same order, from one thread at a time.
+///
+/// No call waits for ever: where a rank has ended or does not come, all ranks get the same error, from that call and from
+/// every later one. A group that is broken stays broken, as nobody knows any more who has heard what.
 pub trait Communicator: Debug + Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
@@ -20,23 +38,89 @@ pub trait Communicator: Debug + Send + Sync {
     /// The sum over all ranks, the same to the bit on each of them.
     ///
     /// # Errors
-    /// When an operation on the device fails.
-    fn all_reduce(&self, part: &Tensor) -> Result<Tensor>;
+    /// When the group is broken.
+    fn all_reduce(&self, part: &Tensor) -> Result<Tensor, GroupError>;
 
     /// The parts of all ranks side by side along dimension `dim`, in the order of ranks. Parts may differ in width.
     ///
     /// # Errors
-    /// When an operation on the device fails.
-    fn all_gather(&self, part: &Tensor, dim: usize) -> Result<Tensor>;
+    /// When the group is broken.
+    fn all_gather(&self, part: &Tensor, dim: usize) -> Result<Tensor, GroupError>;
+
+    /// As [`Self::all_gather`], for rank 0 alone; the others get nothing, and nothing is copied for them.
+    ///
+    /// # Errors
+    /// When the group is broken.
+    fn gather(&self, part: &Tensor, dim: usize) -> Result<Option<Tensor>, GroupError>;
+
+    /// What rank `root` brought. The others bring a tensor of the same shape and type, whose numbers do not matter.
+    ///
+    /// # Errors
+    /// When the group is broken.
+    fn broadcast(&self, value: &Tensor, root: usize) -> Result<Tensor, GroupError>;
+
+    /// Breaks the group: whoever waits stops waiting. Where it is broken already, nothing changes.
+    fn abort(&self, fault: GroupError);
+
+    /// What broke the group, if it is broken.
+    fn fault(&self) -> Option<GroupError>;
+
+    /// The threads that compute for this rank alone; none where it uses those that all kernels share.
+    fn pool(&self) -> Option<&rayon::ThreadPool>;
 }
 
-/// Does `work`, which makes calls of `communicator`, in a thread of the pool that kernels share: from outside each kernel
-/// would have to wake the pool and wait. Not where there are other ranks: a call waits for them, and a thread of the pool
-/// that waits is one too few.
+/// Ranks can no longer work together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GroupError {
+    /// A rank is gone.
+    #[error("rank {rank} has ended")]
+    Ended {
+        /// Which one.
+        rank: usize,
+    },
+    /// A rank did not come to a call that others made.
+    #[error("rank {rank} did not come within {deadline:?}")]
+    Stalled {
+        /// The first that was missing.
+        rank: usize,
+        /// How long the others waited.
+        deadline: Duration,
+    },
+    /// A rank cannot go on.
+    #[error("rank {rank} failed: {reason}")]
+    Failed {
+        /// Which one.
+        rank: usize,
+        /// Why.
+        reason: String,
+    },
+    /// A rank made another call than those that came before it.
+    #[error("rank {rank} is not where the others are")]
+    Apart {
+        /// Which one.
+        rank: usize,
+    },
+    /// The threads of a rank cannot be had.
+    #[error("no threads for rank {rank}: {reason}")]
+    NoThreads {
+        /// Which one.
+        rank: usize,
+        /// What the system says.
+        reason: String,
+    },
+}
+
+impl From<GroupError> for candle_core::Error {
+    fn from(error: GroupError) -> Self {
+        Self::wrap(error)
+    }
+}
+
+/// Does `work`, which makes calls of `communicator`, in a thread of the pool that its kernels share: from outside each
+/// kernel would have to wake the pool and wait.
 pub fn in_pool<T: Send>(communicator: &dyn Communicator, work: impl FnOnce() -> T + Send) -> T {
-    if communicator.world_size() == 1 {
-        rayon::scope(|_| work())
-    } else {
-        work()
+    match communicator.pool() {
+        Some(own) => own.install(work),
+        None => rayon::scope(|_| work()),
     }
 }

@@ -14,7 +14,9 @@ use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::scheduler::Bounds;
 use crate::engine::{Engine, EngineConfig};
-use crate::model::{self, CausalLm, LoadError, LoadOptions};
+use crate::memory::pool::BLOCK;
+use crate::model::{CausalLm, LoadError, LoadOptions};
+use crate::parallel;
 use folder::{FolderError, ModelText};
 use hub::HubError;
 pub use state::{ServedModel, unix_seconds};
@@ -43,9 +45,10 @@ const KEPT: u64 = 2;
 /// Share of that memory that saved recurrent states may take; the rest is for keys and values.
 const SNAPSHOT_SHARE: u64 = 4;
 
-/// Reads a model: [`model::load`], or a fake in tests.
-pub type Loader =
-    dyn Fn(&Path, &LoadOptions, &dyn Fn(f32)) -> Result<Box<dyn CausalLm>, LoadError> + Send + Sync;
+/// Reads a model as so many ranks: [`parallel::load`], or a fake in tests.
+pub type Loader = dyn Fn(&Path, &LoadOptions, usize, &dyn Fn(f32)) -> Result<Box<dyn CausalLm>, LoadError>
+    + Send
+    + Sync;
 
 /// Every model the host knows. Copies share one table.
 #[derive(Clone)]
@@ -132,10 +135,10 @@ enum LoadFailed {
 }
 
 impl Residency {
-    /// An empty host that reads models with [`model::load`].
+    /// An empty host that reads models with [`parallel::load`].
     #[must_use]
     pub fn new(config: &Config, registry: &Registry) -> Self {
-        Self::with_loader(config, registry, Box::new(model::load))
+        Self::with_loader(config, registry, Box::new(parallel::load))
     }
 
     /// An empty host that reads models with `loader`.
@@ -213,7 +216,10 @@ impl Residency {
                     let same_length = wanted.context_length.is_none()
                         || wanted.context_length == entry.wanted.context_length;
                     let same_format = wanted.quant.is_none() || wanted.quant == entry.wanted.quant;
-                    if wanted.source == entry.wanted.source && same_length && same_format {
+                    let same_ranks = wanted.tensor_parallel.is_none()
+                        || wanted.tensor_parallel == entry.wanted.tensor_parallel;
+                    let same = same_length && same_format && same_ranks;
+                    if wanted.source == entry.wanted.source && same {
                         return Ok(entry.status());
                     }
                     return Err(LoadRefused::Conflict {
@@ -375,8 +381,6 @@ impl Shared {
     fn read(&self, wanted: &LoadModel, progress: &AtomicU32) -> Result<ServedModel, LoadFailed> {
         let folder = hub::resolve(&wanted.source, &self.hub)?;
         let device = devices::default_device();
-        preflight::check(&folder, wanted.quant, devices::free_bytes(&device))?;
-        let text = ModelText::load(&folder)?;
         let options = LoadOptions {
             device: device.clone(),
             context_length: wanted
@@ -385,7 +389,10 @@ impl Shared {
             drafts: self.limits.draft_tokens > 0,
             quant: wanted.quant,
         };
-        let model = (self.loader)(&folder, &options, &|share| {
+        let ranks = wanted.ranks();
+        preflight::check(&folder, &options, ranks, devices::free_bytes(&device))?;
+        let text = ModelText::load(&folder)?;
+        let model = (self.loader)(&folder, &options, ranks, &|share| {
             progress.store(share.to_bits(), Ordering::Relaxed);
         })?;
         let context_length = model.context_length();
@@ -437,7 +444,7 @@ impl Shared {
         let left = all - snapshots;
         let running = usize::try_from(1 + (left - longest) / fixed).unwrap_or(usize::MAX);
         let running = running.min(self.limits.max_running);
-        let block_bytes = (4 * model.pool().shape().block_floats() as u64).max(1);
+        let block_bytes = (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1);
         let blocks = (left - running as u64 * fixed) / block_bytes;
         let kept = if self.limits.prefix_cache {
             snapshots

@@ -1,6 +1,8 @@
 //! Refuses a load early, before minutes are spent on it.
 
 use super::folder::{FolderError, read_config, read_json};
+use crate::model::{LoadError, LoadOptions};
+use crate::parallel;
 use crate::quant::{self, Format};
 use crate::weights::gguf_files;
 use serde_json::Value;
@@ -20,6 +22,9 @@ pub enum PreflightError {
         /// The file that should be there.
         file: String,
     },
+    /// It cannot be shared among so many ranks, or what its files say of themselves cannot be used.
+    #[error(transparent)]
+    Model(#[from] LoadError),
     /// There is not enough memory.
     #[error(
         "{folder} needs {} in memory and {} are free; unload another model or use a smaller one",
@@ -65,20 +70,26 @@ fn show(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
-/// Checks that the weights of `folder` are there and fit into `free` bytes, held in the format `quant`.
+/// Checks that the weights of `folder` are there, can be shared among `ranks`, and fit into `free` bytes as `options` want
+/// them held. Ranks of a CPU share its memory.
 ///
 /// # Errors
 /// The first reason why a load would fail.
 pub fn check(
     folder: &Path,
-    quant: Option<Format>,
+    options: &LoadOptions,
+    ranks: usize,
     free: Option<u64>,
 ) -> Result<(), PreflightError> {
-    let need = if folder.is_file() {
-        need_of_file(folder, quant)?
+    let mut need = if folder.is_file() {
+        need_of_file(folder, options.quant)?
     } else {
-        need_of_folder(folder, quant)?
+        need_of_folder(folder, options.quant)?
     };
+    if ranks > 1 {
+        // what each holds for itself included
+        need = parallel::weight_bytes(folder, options, ranks)?.iter().sum();
+    }
     match free {
         Some(free) if need > free => Err(PreflightError::NoRoom {
             folder: folder.into(),
@@ -204,14 +215,63 @@ mod tests {
 
     #[test]
     fn the_fixtures_pass_and_too_little_memory_does_not() {
-        check(&fixture(), None, None).unwrap();
+        let as_stored = LoadOptions::cpu();
+        check(&fixture(), &as_stored, 1, None).unwrap();
         let released = fixture().with_file_name("qwen3_5_vl_tied");
-        check(&released, None, Some(1 << 30)).unwrap();
-        let error = check(&fixture(), None, Some(1000)).unwrap_err();
+        check(&released, &as_stored, 1, Some(1 << 30)).unwrap();
+        let error = check(&fixture(), &as_stored, 1, Some(1000)).unwrap_err();
         assert!(matches!(error, PreflightError::NoRoom { .. }), "{error}");
         assert!(error.to_string().contains("1.4 MiB"), "{error}");
-        let error = check(&fixture(), Some(Format::Q8_0), Some(1000)).unwrap_err();
+        let rounded = LoadOptions {
+            quant: Some(Format::Q8_0),
+            ..as_stored
+        };
+        let error = check(&fixture(), &rounded, 1, Some(1000)).unwrap_err();
         assert!(error.to_string().contains("376.2 KiB"), "{error}");
+    }
+
+    #[test]
+    fn ranks_that_do_not_divide_are_refused_with_those_that_do() {
+        for (name, ranks, would_do) in [
+            ("qwen3_5_text", 3, &[1, 2, 4][..]),
+            ("qwen3_5_text", 8, &[1, 2, 4]),
+            ("qwen3_5_vl_tied", 4, &[1, 2]),
+            ("qwen3_5_moe_vl", 4, &[1, 2]),
+            ("qwen3_next_moe", 6, &[1, 2, 4]),
+            ("qwen3_next_dense", 4, &[1, 2]),
+        ] {
+            let folder = fixture().with_file_name(name);
+            let options = LoadOptions::cpu();
+            let error = check(&folder, &options, ranks, None).unwrap_err();
+            let PreflightError::Model(LoadError::Indivisible(refused)) = &error else {
+                panic!("{name}: {error}");
+            };
+            assert_eq!(refused.fits, would_do, "{name}: {error}");
+            assert!(!error.to_string().contains('\n'), "{error}");
+            for ranks in would_do {
+                check(&folder, &options, *ranks, None).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_ranks_need_is_what_they_hold() {
+        for quant in [None, Some(Format::Q8_0), Some(Format::Q4K)] {
+            for name in ["qwen3_5_text", "qwen3_next_moe"] {
+                let folder = fixture().with_file_name(name);
+                let options = LoadOptions {
+                    quant,
+                    drafts: true,
+                    ..LoadOptions::cpu()
+                };
+                for ranks in [2, 4] {
+                    let parts = parallel::weight_bytes(&folder, &options, ranks).unwrap();
+                    let need = parts.iter().sum::<u64>();
+                    let model = parallel::load(&folder, &options, ranks, &|_| {}).unwrap();
+                    assert_eq!(need, model.weight_bytes(), "{name} on {ranks} in {quant:?}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -220,7 +280,7 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();
         let index = "{\"weight_map\": {\"a\": \"one.safetensors\", \"b\": \"one.safetensors\"}}";
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        let error = check(folder.path(), None, None).unwrap_err();
+        let error = check(folder.path(), &LoadOptions::cpu(), 1, None).unwrap_err();
         assert!(
             matches!(&error, PreflightError::NoWeights { file, .. } if file == "one.safetensors"),
             "{error}"

@@ -4,6 +4,7 @@ use super::*;
 use crate::engine::fake::{FakeModel, Script};
 use crate::text::tokenizer::tests::fixture;
 use protocol::node::ModelState;
+use std::num::NonZeroU32;
 use std::sync::atomic::AtomicUsize;
 
 /// A host whose loads wait for a message each: an error to fail with, or a model.
@@ -19,7 +20,7 @@ pub(crate) fn host() -> Host {
     let loads = Arc::new(AtomicUsize::new(0));
     let counted = loads.clone();
     let config = Config::default_on_this_host().unwrap();
-    let loader: Box<Loader> = Box::new(move |_, _, progress| {
+    let loader: Box<Loader> = Box::new(move |_, _, _, progress| {
         counted.fetch_add(1, Ordering::SeqCst);
         progress(0.5);
         let model = releases
@@ -42,6 +43,7 @@ fn wanted(id: &str, source: &str) -> LoadModel {
         source: source.into(),
         context_length: None,
         quant: None,
+        tensor_parallel: None,
         devices: Vec::new(),
     }
 }
@@ -109,7 +111,31 @@ async fn the_same_id_with_another_source_is_a_conflict() {
         host.residency.load(longer),
         Err(LoadRefused::Conflict { .. })
     ));
+    let shared = LoadModel {
+        tensor_parallel: NonZeroU32::new(2),
+        ..from_fixture("a")
+    };
+    assert!(matches!(
+        host.residency.load(shared),
+        Err(LoadRefused::Conflict { .. })
+    ));
     host.release();
+}
+
+#[tokio::test]
+async fn ranks_that_do_not_divide_are_refused_before_anything_is_read() {
+    let host = host();
+    let wanted = LoadModel {
+        tensor_parallel: NonZeroU32::new(3),
+        ..from_fixture("a")
+    };
+    host.residency.load(wanted).unwrap();
+    host.settled().await;
+    let status = host.residency.status("a").unwrap();
+    assert_eq!(status.state, ModelState::Failed);
+    let reason = status.reason.unwrap();
+    assert!(reason.contains("1, 2 or 4 would do"), "{reason}");
+    assert_eq!(host.loads.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]

@@ -6,10 +6,11 @@
 
 use crate::model::LoadError;
 use crate::parallel::Communicator;
-use crate::quant::{Format, Matrix, Rows, format_of};
+use crate::quant::panels::PANEL;
+use crate::quant::{self, Format, Matrix, Rows, format_of};
 use candle_core::{DType, Device, Tensor};
 use checkpoint::{Checkpoint, Source};
-use std::cell::{RefCell, RefMut};
+use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
@@ -89,6 +90,8 @@ struct Shared<'a> {
     progress: &'a (dyn Fn(f32) + 'a),
     /// Bytes of all tensors.
     bytes: u64,
+    /// Nothing is read: what would be held is counted.
+    planned: Cell<bool>,
     book: RefCell<Book>,
 }
 
@@ -214,12 +217,21 @@ impl<'a> Weights<'a> {
             quant,
             communicator,
             progress,
+            planned: Cell::new(false),
             book: RefCell::default(),
         };
         Ok(Self {
             shared: Rc::new(shared),
             prefix: String::new(),
         })
+    }
+
+    /// The same with nothing read from now on: matrices have no rows and tensors no numbers, and [`Self::finish`] counts what
+    /// they would hold. Its faults are those of sharing alone; the others are found by whoever reads.
+    #[must_use]
+    pub fn planned(self) -> Self {
+        self.shared.planned.set(true);
+        self
     }
 
     /// The path `name` below this one.
@@ -281,10 +293,16 @@ impl<'a> Weights<'a> {
         self.part(name, &shape, Some((0, rows)))
     }
 
-    /// Columns of an `[out, parts · width]` tensor: the input this rank's column-parallel layer computed.
+    /// Columns of an `[out, parts · width]` tensor: the input this rank's column-parallel layer computed. No part may be
+    /// copied: what they give is summed over ranks.
     #[must_use]
     pub fn row_parallel(&self, name: &str, out: usize, parts: usize, width: usize) -> Part<'_, 'a> {
-        let share = self.share(name, parts);
+        let (_, world) = self.place();
+        let share = if parts.is_multiple_of(world) {
+            self.share(name, parts)
+        } else {
+            self.cut(name, parts)
+        };
         let columns = std::iter::once(share.start * width..share.end * width).collect();
         self.part(name, &[out, parts * width], Some((1, columns)))
     }
@@ -314,6 +332,9 @@ impl<'a> Weights<'a> {
         let book = self.book();
         if !book.faults.is_empty() {
             return Err(self.faulty(&book));
+        }
+        if self.shared.planned.get() {
+            return Ok(book.bytes_kept);
         }
         let mut left: Vec<&str> = self
             .shared
@@ -373,10 +394,16 @@ impl<'a> Weights<'a> {
             let own = rank * parts / world;
             return own..own + 1;
         }
+        self.cut(name, parts)
+    }
+
+    /// Notes that `parts` cannot be shared, and goes on with one of them.
+    fn cut(&self, name: &str, parts: usize) -> Range<usize> {
+        let (_, world_size) = self.place();
         let fault = Fault::Cut {
             name: self.full(&name),
             parts,
-            world_size: world,
+            world_size,
         };
         self.book().faults.push(fault);
         0..1
@@ -412,6 +439,9 @@ impl<'a> Weights<'a> {
     /// Notes a fault. Loading goes on, to find the others, until there are more than anybody reads.
     fn fault(&self, fault: Fault) -> Result<(), LoadError> {
         const MOST: usize = 1000;
+        if self.shared.planned.get() {
+            return Ok(());
+        }
         let mut book = self.book();
         book.faults.push(fault);
         if book.faults.len() < MOST {
@@ -548,6 +578,11 @@ impl Part<'_, '_> {
             return Ok(Self::stand_in());
         };
         let format = format_of(&self.name, width, source.format(), shared.quant);
+        if shared.planned.get() {
+            let filled = rows.next_multiple_of(PANEL); // as the matrix would be
+            self.weights.book().bytes_kept += quant::bytes(format, filled * width) as u64;
+            return Ok(Self::stand_in());
+        }
         let held = Held {
             source: &source,
             selection: &self.held,
@@ -581,7 +616,10 @@ impl Part<'_, '_> {
             shape[1] = width;
         }
         let device = &self.weights.shared.device;
-        let Some(source) = self.source()? else {
+        let source = self.source()?;
+        let planned = self.weights.shared.planned.get();
+        let (Some(source), false) = (source, planned) else {
+            self.weights.book().bytes_kept += 4 * (rows * width) as u64;
             return Ok(Tensor::zeros(shape, DType::F32, device)?);
         };
         let mut numbers = vec![0.0; rows * width];

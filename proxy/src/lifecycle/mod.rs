@@ -15,6 +15,7 @@ use protocol::node::{LoadModel, ModelState};
 use protocol::{ApiError, ErrorKind};
 use schedule::{Ended, Hands, Refusal, Schedule};
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -337,6 +338,11 @@ impl Hands<Waiter> for Reach<'_> {
                 source: model.source.clone(),
                 context_length: model.context_length,
                 quant: model.quant,
+                // as with devices: who shares nothing need not know that it could
+                tensor_parallel: u32::try_from(model.tensor_parallel)
+                    .ok()
+                    .and_then(NonZeroU32::new)
+                    .filter(|ranks| ranks.get() > 1),
                 devices,
             })
         });

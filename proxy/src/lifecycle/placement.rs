@@ -94,23 +94,30 @@ pub(crate) fn place(
     not_on: &dyn Fn(&str) -> bool,
 ) -> Placement {
     let size = ledger.size(id, Some(model));
-    let count = model.tensor_parallel;
-    let share = size.unwrap_or(0).div_ceil(count as u64);
+    let needs = |node: &NodeView| {
+        let count = devices_needed(model, node);
+        (count, size.unwrap_or(0).div_ceil(count as u64))
+    };
     let (there, comes) = (ledger.there(id), ledger.coming(id) > 0);
-    let (mut possible, mut large, mut largest) = (false, false, 0);
+    let (mut possible, mut large) = (false, false);
+    // the most that a node has, with what it would need there
+    let mut largest: (u64, (usize, u64)) = (0, (model.tensor_parallel, 0));
     let mut roomiest: Option<(u64, usize)> = None;
     // nodes that have to be cleared first, by the least that has to leave there whatever it is
     let mut tight: Vec<Reverse<(u64, usize)>> = Vec::new();
     for (at, account) in ledger.accounts().iter().enumerate() {
         let node = &account.node;
         let allowed = model.pinned_on.is_empty() || model.pinned_on.contains(&node.name);
+        let (count, share) = needs(node);
         let enough = node.devices.len() >= count.max(model.min_devices);
         if !node.can_load() || !allowed || !enough || not_on(&node.name) {
             continue;
         }
-        possible = true;
+        let possible_before = std::mem::replace(&mut possible, true);
         let total = account.totals[count - 1];
-        largest = largest.max(total);
+        if !possible_before || total > largest.0 {
+            largest = (total, (count, share));
+        }
         if total < share {
             continue;
         }
@@ -138,22 +145,27 @@ pub(crate) fn place(
             )));
         }
     }
-    let spot = |at: usize, free: &[u64], evict, why| Spot {
-        node: ledger.accounts()[at].node.name.clone(),
-        devices: emptiest(&ledger.accounts()[at].node, free, count),
-        share,
-        evict,
-        why,
+    let spot = |at: usize, free: &[u64], evict, why| {
+        let node = &ledger.accounts()[at].node;
+        let (count, share) = needs(node);
+        Spot {
+            node: node.name.clone(),
+            devices: emptiest(node, free, count),
+            share,
+            evict,
+            why,
+        }
     };
     if let Some((_, at)) = roomiest {
         let free = &ledger.accounts()[at].free;
         return Placement::On(spot(at, free, Vec::new(), Why::MostRoom));
     }
-    match cheapest((count, share), tight, world, ledger, survey) {
+    match cheapest(&needs, tight, world, ledger, survey) {
         Some((bytes, at)) => {
             let (account, residents) = (&ledger.accounts()[at], survey.of(at, world, ledger));
             let strategy = world.config.eviction.strategy;
-            let victims = eviction::victims(strategy, (count, share), &account.free, residents);
+            let victims =
+                eviction::victims(strategy, needs(&account.node), &account.free, residents);
             let victims = victims.expect("it could be cleared a moment ago");
             let mut after = account.free.clone();
             for resident in victims.iter().map(|&victim| &residents[victim]) {
@@ -167,19 +179,28 @@ pub(crate) fn place(
             Placement::On(spot(at, &after, evict, Why::LeastLoss { bytes }))
         }
         None if !possible => Placement::NoNode,
-        None if !large => Placement::TooLarge {
-            devices: count,
-            share,
-            largest,
-        },
+        None if !large => {
+            let (largest, (devices, share)) = largest;
+            Placement::TooLarge {
+                devices,
+                share,
+                largest,
+            }
+        }
         None => Placement::Busy,
     }
 }
 
+/// On how many devices of the node the model would lie: one for each rank, or one for all where devices hold many.
+fn devices_needed(model: &Model, node: &NodeView) -> usize {
+    let many = !node.devices.is_empty() && node.devices.iter().all(|device| device.many_ranks);
+    if many { 1 } else { model.tensor_parallel }
+}
+
 /// The node where the fewest bytes have to leave, and how many; the first of several. `tight` says of each how many it
-/// are at least, so that most need not be looked at.
+/// are at least, so that most need not be looked at; `needs` on how many devices of a node how much.
 fn cheapest(
-    (count, share): (usize, u64),
+    needs: &dyn Fn(&NodeView) -> (usize, u64),
     tight: Vec<Reverse<(u64, usize)>>,
     world: &World<'_>,
     ledger: &Ledger,
@@ -193,6 +214,7 @@ fn cheapest(
             break;
         }
         let account = &ledger.accounts()[at];
+        let (count, share) = needs(&account.node);
         if survey.most(at, world, ledger)[count - 1] < share {
             continue;
         }

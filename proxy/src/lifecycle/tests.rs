@@ -62,6 +62,7 @@ pub(super) fn node(name: &str, devices: &[u64]) -> NodeView {
         name: "simulated".into(),
         total_bytes: *bytes,
         free_bytes: *bytes,
+        many_ranks: false,
     };
     NodeView {
         name: name.into(),
@@ -565,6 +566,32 @@ fn a_model_in_shares_takes_devices_of_one_node_and_what_is_reserved_is_not_free(
             "single [\"cuda:0\"] Some(70)"
         ]
     );
+}
+
+#[test]
+fn where_a_device_holds_many_ranks_a_model_in_shares_takes_one_as_a_whole() {
+    let mut wide = model(Some(60));
+    wide.tensor_parallel = 2;
+    let config = catalogue(&[("wide", wide)]);
+    let host = |name, bytes| {
+        let mut node = node(name, &[bytes]);
+        node.devices[0].many_ranks = true;
+        node
+    };
+    let spots = |nodes: &[NodeView]| {
+        let changes = begun(&config, nodes, &["wide"]);
+        let spots = changes.iter();
+        let spots: Vec<_> = spots
+            .map(|change| format!("{} {:?} {:?}", change.node, change.devices, change.share))
+            .collect();
+        spots
+    };
+    let whole = ["host [\"cuda:0\"] Some(60)"];
+    assert_eq!(spots(&[node("single", &[100]), host("host", 100)]), whole);
+    assert_eq!(spots(&[host("host", 40)]), [""; 0], "half of it is no room");
+    let shares = ["double [\"cuda:0\", \"cuda:1\"] Some(30)"];
+    let both = [host("host", 40), node("double", &[50, 50])];
+    assert_eq!(spots(&both), shares);
 }
 
 #[test]

@@ -262,11 +262,9 @@ impl Lanes for Avx2 {
             let mut part = [[[_mm256_setzero_si256(); 2]; QUADS]; 2];
             for (at, quad) in quads.iter().enumerate() {
                 let from: *const __m256i = quad.as_ptr().cast();
-                for half in 0..2 {
-                    let numbers = _mm256_loadu_si256(from.add(half));
-                    part[0][at][half] = _mm256_abs_epi8(numbers);
-                    part[1][at][half] = numbers;
-                }
+                let numbers = [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))];
+                part[0][at] = [_mm256_abs_epi8(numbers[0]), _mm256_abs_epi8(numbers[1])];
+                part[1][at] = numbers;
             }
             part
         }

@@ -91,7 +91,7 @@ impl Input for Rounded {
         let scale = largest / 127.0;
         let [first, second] = sums;
         Self {
-            values: *values.as_chunks().0.as_array().expect("a whole part"),
+            values: *values.as_chunks().0.first_chunk().expect("a whole part"),
             scale,
             sum: scale * (first + second) as f32,
             starts: [-32 * first, -32 * second],

@@ -51,7 +51,7 @@ impl VocabParallelEmbedding {
             }
         }
         let vectors = Tensor::from_vec(vectors, (ids.len(), width), &Device::Cpu)?;
-        self.communicator.all_reduce(&vectors)
+        Ok(self.communicator.all_reduce(&vectors)?)
     }
 
     /// A head that uses the same table.
@@ -90,11 +90,11 @@ impl ParallelLmHead {
         })
     }
 
-    /// Logits of every row: (t, width) → (t, vocabulary).
+    /// Logits of every row, for the first rank, which samples; nothing for the others: (t, width) → (t, vocabulary).
     ///
     /// # Errors
     /// When an operation on the device or between ranks fails.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.communicator.all_gather(&linear(x, &self.rows)?, 1)
+    pub fn forward(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.communicator.gather(&linear(x, &self.rows)?, 1)?)
     }
 }

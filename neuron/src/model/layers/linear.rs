@@ -136,7 +136,7 @@ impl RowParallelLinear {
     /// # Errors
     /// When an operation on the device or between ranks fails.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.communicator.all_reduce(&self.partial(x)?)
+        Ok(self.communicator.all_reduce(&self.partial(x)?)?)
     }
 
     /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).

@@ -118,7 +118,10 @@ impl Qwen3_5ForCausalLm {
             return self.no_logits(&hidden);
         }
         (pass.probe)(Seen::HeadInput, &hidden);
-        self.lm_head.forward(&hidden) // (wanted, vocab)
+        match self.lm_head.forward(&hidden)? {
+            Some(logits) => Ok(logits), // (wanted, vocab)
+            None => self.no_logits(&hidden),
+        }
     }
 
     fn run_draft(
@@ -131,8 +134,12 @@ impl Qwen3_5ForCausalLm {
         let x = mtp.forward(&embeddings, hidden, self.layers.len(), pass)?;
         let hidden = self.wanted(x, pass.batch)?;
         let logits = match hidden.dim(0)? {
-            0 => self.no_logits(&hidden)?,
+            0 => None,
             _ => self.lm_head.forward(&hidden)?, // (wanted, vocab)
+        };
+        let logits = match logits {
+            Some(logits) => logits,
+            None => self.no_logits(&hidden)?,
         };
         Ok(Drafted { logits, hidden })
     }
@@ -199,6 +206,10 @@ impl CausalLm for Qwen3_5ForCausalLm {
 
     fn pool(&self) -> &KvPool {
         &self.pool
+    }
+
+    fn drafts(&self) -> bool {
+        self.mtp.is_some()
     }
 
     fn new_state(&self) -> SequenceState {

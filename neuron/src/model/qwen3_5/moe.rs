@@ -95,8 +95,8 @@ impl SparseMoeBlock {
                 }
             })?;
         }
-        self.communicator
-            .all_reduce(&Tensor::from_vec(sum, x.shape(), x.device())?)
+        let sum = Tensor::from_vec(sum, x.shape(), x.device())?;
+        Ok(self.communicator.all_reduce(&sum)?)
     }
 
     /// The rows that go to each expert, from `(t, experts)` logits.
