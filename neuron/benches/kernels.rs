@@ -29,7 +29,7 @@ fn matrix(format: Format, rows: usize) -> Matrix {
 /// Multiplications a second, with a matrix that mostly stays in the caches.
 fn projections(criterion: &mut Criterion) {
     const OUT: usize = 16 * 1024;
-    for processor in Processor::available().into_iter().rev() {
+    for processor in Processor::available().rev() {
         let mut group = criterion.benchmark_group(format!("linear/{processor:?}"));
         group.sample_size(10);
         for format in Format::ALL {
@@ -50,8 +50,8 @@ fn projections(criterion: &mut Criterion) {
 /// Bytes a second of weights that come from memory, for one row.
 fn streams(criterion: &mut Criterion) {
     const OUT: usize = 128 * 1024;
-    let fastest = *Processor::available()
-        .last()
+    let fastest = Processor::available()
+        .next_back()
         .expect("every processor is of some kind");
     let mut group = criterion.benchmark_group("stream");
     group.sample_size(20);

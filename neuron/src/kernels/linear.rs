@@ -34,27 +34,26 @@ pub enum Processor {
 }
 
 impl Processor {
+    /// All of them, the fastest last.
+    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+
     /// Those that this one is, the fastest last.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        let mut all = vec![Self::Portable];
-        if has_avx2() {
-            all.push(Self::Avx2);
+    pub fn available() -> impl DoubleEndedIterator<Item = Self> {
+        Self::ALL.into_iter().filter(|kind| kind.is_here())
+    }
+
+    fn is_here(self) -> bool {
+        match self {
+            Self::Portable => true,
+            Self::Avx2 => has_avx2(),
+            Self::Avx512 => has_avx512(),
         }
-        if has_avx512() {
-            all.push(Self::Avx512);
-        }
-        all
     }
 
     fn fastest() -> Self {
-        if has_avx512() {
-            Self::Avx512
-        } else if has_avx2() {
-            Self::Avx2
-        } else {
-            Self::Portable
-        }
+        Self::available()
+            .next_back()
+            .expect("every processor is of some kind")
     }
 }
 
@@ -109,9 +108,11 @@ pub fn multiply<const N: usize>(
     match processor {
         Processor::Portable => products::<Portable, N>(x, rows, weights),
         #[cfg(target_arch = "x86_64")]
-        Processor::Avx2 if has_avx2() => products::<lanes_avx2::Avx2, N>(x, rows, weights),
+        Processor::Avx2 if processor.is_here() => products::<lanes_avx2::Avx2, N>(x, rows, weights),
         #[cfg(target_arch = "x86_64")]
-        Processor::Avx512 if has_avx512() => products::<lanes_avx512::Avx512, N>(x, rows, weights),
+        Processor::Avx512 if processor.is_here() => {
+            products::<lanes_avx512::Avx512, N>(x, rows, weights)
+        }
         other => panic!("this processor is no {other:?}"),
     }
 }
@@ -126,17 +127,18 @@ fn products<L: Lanes, const N: usize>(
     let columns = products
         .each_mut()
         .map(|product| Columns(product.as_mut_ptr()));
-    let mut stripes = Vec::new();
-    for (at, weight) in weights.iter().enumerate() {
-        let count = weight.rows().div_ceil(STRIPE * PANEL);
-        stripes.extend((0..count).map(|stripe| (at, stripe)));
-    }
+    let stripes = weights.map(|weight| weight.rows().div_ceil(STRIPE * PANEL));
     let least = PER_THREAD / (STRIPE * PANEL * x.len()).max(1);
-    stripes
-        .par_iter()
+    (0..stripes.iter().sum())
+        .into_par_iter()
         .with_min_len(least.max(1))
-        .for_each(|&(at, stripe)| {
+        .for_each(|mut stripe: usize| {
             // each stripe of a product is that of one task
+            let mut at = 0;
+            while stripe >= stripes[at] {
+                stripe -= stripes[at];
+                at += 1;
+            }
             each_format!(weights[at].numbers(), all => {
                 multiply_stripe::<L, _>(&inputs, all, weights[at], stripe, columns[at]);
             });
@@ -146,6 +148,7 @@ fn products<L: Lanes, const N: usize>(
 
 /// x as kernels read it: of each group of rows, for every input, its rows side by side.
 pub(super) struct Inputs {
+    /// Rows that meet panels together.
     groups: Vec<Range<usize>>,
     /// For weights that are single numbers.
     singles: Vec<Vec<f32>>,
@@ -181,7 +184,7 @@ impl Inputs {
     }
 }
 
-/// A row of x for every group.
+/// x in one of the forms, a list for each group.
 fn packed<L: Lanes, I: Input>(x: &[f32], width: usize, groups: &[Range<usize>]) -> Vec<Vec<I>> {
     let pack = |group: &Range<usize>| {
         L::run(
@@ -251,7 +254,7 @@ fn multiply_stripe<L: Lanes, B: Tile>(
         }
         let panels = &panels[..held];
         let wide = if groups.len() >= WIDEN {
-            widened::<L, B>(panels)
+            B::widened::<L>(panels)
         } else {
             None
         };
@@ -305,22 +308,6 @@ fn copy(from: &[f32], to: &mut [f32]) {
 
 /// Groups of rows from which on it pays to widen a panel once for all of them.
 const WIDEN: usize = 3;
-
-/// Panels of one length, one after the other, widened where the format is one to be widened.
-fn widened<L: Lanes, B: Tile>(panels: &[&[B]]) -> Option<Vec<B::Wide>> {
-    if !B::WIDENS {
-        return None;
-    }
-    let length = panels.first().map_or(0, |panel| panel.len());
-    let mut wide: Vec<B::Wide> = bytemuck::zeroed_vec(panels.len() * length);
-    for (panel, wide) in panels.iter().zip(wide.chunks_exact_mut(length.max(1))) {
-        L::run(
-            #[inline(always)]
-            || B::widen::<L>(panel, wide),
-        );
-    }
-    Some(wide)
-}
 
 fn run_tiles<L: Lanes, B: Tile>(panels: &[&[B]], x: &[B::Input], rows: usize, sums: &mut [Sums]) {
     L::run(

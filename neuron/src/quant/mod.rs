@@ -434,21 +434,19 @@ impl Matrix {
 
     /// Row `index` in f32; `out` has [`Self::width`].
     pub fn decode_row(&self, index: usize, out: &mut [f32]) {
-        fn of_panel<B: Block>(panel: &[B], row: usize, out: &mut [f32]) {
+        fn row<B: Block>(all: &[B], width: usize, index: usize, out: &mut [f32]) {
+            let count = width / B::Unit::LEN; // blocks of a panel
+            let panel = &all[index / PANEL * count..][..count];
             vectorised(
                 #[inline(always)]
                 || {
                     for (block, out) in panel.iter().zip(out.chunks_exact_mut(B::Unit::LEN)) {
-                        block.get(row).decode(out);
+                        block.get(index % PANEL).decode(out);
                     }
                 },
             );
         }
-        let (panel, row) = (index / PANEL, index % PANEL);
-        each_format!(&*self.numbers, all => {
-            let count = all.len() / self.rows.div_ceil(PANEL);
-            of_panel(&all[panel * count..][..count], row, out);
-        });
+        each_format!(&*self.numbers, all => row(all, self.width, index, out));
     }
 }
 

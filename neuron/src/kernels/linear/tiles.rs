@@ -114,11 +114,11 @@ pub(super) trait Tile: Block {
     /// Inputs of a panel that many rows meet, such that it stays in the caches: a multiple of [`Unit::LEN`].
     const DEPTH: usize;
 
-    /// Whether it is worth while to widen them.
-    const WIDENS: bool;
-
-    /// Widens `panel`: `out` is as long.
-    fn widen<L: Lanes>(panel: &[Self], out: &mut [Self::Wide]);
+    /// The panels, one after the other, widened; none where that is not worth while even for many rows.
+    fn widened<L: Lanes>(panels: &[&[Self]]) -> Option<Vec<Self::Wide>> {
+        let _ = panels;
+        None
+    }
 
     /// Adds the products of every panel with `rows` rows of x, which lie side by side for every input.
     fn multiply<L: Lanes>(panels: &[&[Self]], x: &[Self::Input], rows: usize, sums: &mut [Sums]);
@@ -158,7 +158,7 @@ trait Single: Block {
 }
 
 macro_rules! single_numbers {
-    ($($name:ident: $kind:ty => $from:ident, $widens:literal);*) => {$(
+    ($($name:ident: $kind:ty => $from:ident $(, $widened:ident)?);*) => {$(
         impl Single for $name {
             #[inline(always)]
             fn wide<L: Lanes>(&self) -> L::F32 {
@@ -172,14 +172,12 @@ macro_rules! single_numbers {
             type Wide = F32Block;
 
             const DEPTH: usize = 128;
-            const WIDENS: bool = $widens;
 
-            #[inline(always)]
-            fn widen<L: Lanes>(panel: &[Self], out: &mut [F32Block]) {
-                for (block, out) in panel.iter().zip(out) {
-                    L::store(block.wide::<L>(), &mut out.0);
+            $(
+                fn widened<L: Lanes>(panels: &[&[Self]]) -> Option<Vec<F32Block>> {
+                    Some($widened::<L, Self>(panels))
                 }
-            }
+            )?
 
             #[inline(always)]
             fn multiply<L: Lanes>(panels: &[&[Self]], x: &[f32], rows: usize, sums: &mut [Sums]) {
@@ -189,10 +187,24 @@ macro_rules! single_numbers {
     )*};
 }
 single_numbers!(
-    F32Block: f32 => load, false;
-    F16Block: f16 => from_f16, true;
-    Bf16Block: bf16 => from_bf16, true
+    F32Block: f32 => load;
+    F16Block: f16 => from_f16, wide;
+    Bf16Block: bf16 => from_bf16, wide
 );
+
+fn wide<L: Lanes, B: Single>(panels: &[&[B]]) -> Vec<F32Block> {
+    L::run(
+        #[inline(always)]
+        || {
+            let length = panels.iter().map(|panel| panel.len()).sum();
+            let mut all: Vec<F32Block> = bytemuck::zeroed_vec(length);
+            for (wide, block) in all.iter_mut().zip(panels.iter().copied().flatten()) {
+                L::store(block.wide::<L>(), &mut wide.0);
+            }
+            all
+        },
+    )
+}
 
 /// With few rows several panels at once, as additions to one sum wait for each other.
 #[inline(always)]
@@ -254,11 +266,6 @@ macro_rules! blocks {
             type Wide = Self;
 
             const DEPTH: usize = 1024;
-            const WIDENS: bool = false;
-
-            fn widen<L: Lanes>(panel: &[Self], out: &mut [Self]) {
-                out.copy_from_slice(panel);
-            }
 
             #[inline(always)]
             fn multiply<L: Lanes>(panels: &[&[Self]], x: &[Rounded], rows: usize, sums: &mut [Sums]) {
