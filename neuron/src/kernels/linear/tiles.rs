@@ -114,7 +114,7 @@ pub(super) trait Tile: Block {
     /// Inputs of a panel that many rows meet, such that it stays in the caches: a multiple of [`Unit::LEN`].
     const DEPTH: usize;
 
-    /// The panels, one after the other, widened; none where that is not worth while even for many rows.
+    /// The panels, all of one length, one after the other, widened; none where that is not worth while even for many rows.
     fn widened<L: Lanes>(panels: &[&[Self]]) -> Option<Vec<Self::Wide>> {
         let _ = panels;
         None
@@ -196,10 +196,12 @@ fn wide<L: Lanes, B: Single>(panels: &[&[B]]) -> Vec<F32Block> {
     L::run(
         #[inline(always)]
         || {
-            let length = panels.iter().map(|panel| panel.len()).sum();
-            let mut all: Vec<F32Block> = bytemuck::zeroed_vec(length);
-            for (wide, block) in all.iter_mut().zip(panels.iter().copied().flatten()) {
-                L::store(block.wide::<L>(), &mut wide.0);
+            let length = panels.first().map_or(0, |panel| panel.len()); // that of all
+            let mut all: Vec<F32Block> = bytemuck::zeroed_vec(panels.len() * length);
+            for (panel, wide) in panels.iter().zip(all.chunks_exact_mut(length.max(1))) {
+                for (block, wide) in panel.iter().zip(wide) {
+                    L::store(block.wide::<L>(), &mut wide.0);
+                }
             }
             all
         },
