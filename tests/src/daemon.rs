@@ -191,20 +191,24 @@ impl Cortex {
     pub async fn spawn(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
         loop {
             let cortex = Self::spawn_once(nodes, models, extra);
-            let api = cortex.api["http://".len()..].to_owned();
-            let listens = until("cortex listens", || async {
-                if (cortex.daemon.log().iter()).any(|line| line.contains("cannot listen on")) {
-                    return Some(false);
-                }
-                let live = cortex.client.get(format!("{}/health/live", cortex.admin));
-                let open = tokio::net::TcpStream::connect(&api).await;
-                (live.send().await.is_ok() && open.is_ok()).then_some(true)
-            })
-            .await;
-            if listens {
+            if cortex.listens().await {
                 return cortex;
             }
         }
+    }
+
+    /// Waits until both its ports answer; false if it found one of them taken.
+    async fn listens(&self) -> bool {
+        let api = &self.api["http://".len()..];
+        until("cortex listens", || async {
+            if (self.daemon.log().iter()).any(|line| line.contains("cannot listen on")) {
+                return Some(false);
+            }
+            let live = self.client.get(format!("{}/health/live", self.admin));
+            let open = tokio::net::TcpStream::connect(api).await;
+            (live.send().await.is_ok() && open.is_ok()).then_some(true)
+        })
+        .await
     }
 
     fn spawn_once(nodes: &[NodeAt<'_>], models: &str, extra: &str) -> Self {
@@ -242,12 +246,17 @@ impl Cortex {
         .await
     }
 
-    /// Kills it without a word and starts another one in its place.
+    /// Kills it without a word and starts another one in its place, which listens when this returns.
     pub async fn replace(&mut self) {
         self.daemon.child.kill().await.unwrap();
         let file = self.folder.path().join("cortex.toml");
-        self.daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
-        self.daemon.line("API on").await;
+        loop {
+            self.daemon = Daemon::start("cortex", &["serve", "--config", file.to_str().unwrap()]);
+            // a port may be held for a moment by a connection of another test that was given it
+            if self.listens().await {
+                return;
+            }
+        }
     }
 
     /// Files and sockets that it has open.
