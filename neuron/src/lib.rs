@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod engine;
+pub mod gpu;
 pub mod join;
 pub mod kernels;
 pub mod memory;
