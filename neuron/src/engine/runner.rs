@@ -5,6 +5,7 @@ use super::plan::Plan;
 use super::prefix::{Found, PrefixTree};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
+use crate::kernels::rows::Rows;
 use crate::memory::pool::{KvPool, KvShape};
 use crate::memory::{SequenceState, SharedBlock, Snapshot};
 use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
@@ -134,16 +135,24 @@ impl ModelRunner {
         }
         self.free_blocks(plan, &states);
         let (hidden, drafts) = (&mut self.hidden, self.drafts > 0);
-        let mut keep = |seen, rows: &Tensor| {
+        let mut fault = None;
+        let mut keep = |seen, rows: &Rows| {
             if drafts && seen == Seen::Final {
-                *hidden = Some(rows.clone());
+                match rows.tensor() {
+                    Ok(rows) => *hidden = Some(rows),
+                    Err(error) => fault = Some(error),
+                }
             }
         };
-        let logits = self.model.forward_probed(
-            &batch,
-            &mut states.iter_mut().collect::<Vec<_>>(),
-            &mut keep,
-        )?;
+        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
+        let logits = if drafts {
+            self.model.forward_probed(&batch, &mut lent, &mut keep)?
+        } else {
+            self.model.forward(&batch, &mut lent)?
+        };
+        if let Some(fault) = fault {
+            return Err(fault.into());
+        }
         for (row, state) in plan.rows.iter().zip(states) {
             self.states.insert(row.sequence, state);
         }

@@ -5,6 +5,10 @@
 
 use std::fmt;
 
+mod memory;
+
+pub use memory::{Buffer, Gpu, Scratch};
+
 /// A place in the memory of a device.
 pub type Address = u64;
 
@@ -127,6 +131,9 @@ pub trait Driver: fmt::Debug + Send + Sync {
 
     /// Does recorded work.
     fn replay(&self, graph: Graph) -> Result<(), GpuError>;
+
+    /// Gives back what a recording holds.
+    fn forget(&self, graph: Graph);
 }
 
 /// A device, or a library for it, refused something.

@@ -14,6 +14,7 @@ use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::scheduler::Bounds;
 use crate::engine::{Engine, EngineConfig};
+use crate::kernels::rows::Place;
 use crate::memory::pool::BLOCK;
 use crate::model::{CausalLm, LoadError, LoadOptions};
 use crate::parallel;
@@ -382,7 +383,7 @@ impl Shared {
         let folder = hub::resolve(&wanted.source, &self.hub)?;
         let device = devices::default_device();
         let options = LoadOptions {
-            device: device.clone(),
+            places: vec![Place::Cpu],
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
