@@ -4,7 +4,9 @@
 //! token ids, logits, a greedy continuation, and for some of them hidden states, the logits of routers, those of drafts
 //! and the state after the prompt.
 
-use crate::kernels::rows::Rows;
+use crate::devices;
+use crate::gpu::GpuError;
+use crate::kernels::rows::{Place, Rows};
 use crate::memory::{LayerState, SequenceState};
 use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
 use crate::parallel;
@@ -35,6 +37,9 @@ pub struct VerifyArgs {
     /// Share the model among this many ranks, each in threads of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     pub world_size: usize,
+    /// Where the model is to be: `cpu`, or a device such as `cuda:0`. Ranks get a device each, from this one on.
+    #[arg(long, value_name = "ID", default_value = "cpu")]
+    pub device: String,
     /// Judge by averages, as fits weights that are rounded: pass when the mean divergence of the predicted
     /// distributions from the golden ones is at most this many nats.
     #[arg(long, value_name = "NATS")]
@@ -47,6 +52,9 @@ pub enum VerifyError {
     /// The model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// There is no such device.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A step failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -262,7 +270,16 @@ impl fmt::Display for Report {
 /// # Errors
 /// When the model or the golden file cannot be read; a difference is no error, but in the report.
 pub fn run(args: &VerifyArgs) -> Result<Report, VerifyError> {
+    run_at(args, &devices::places(&args.device, args.world_size)?)
+}
+
+/// As [`run`], with the model at `places`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_at(args: &VerifyArgs, places: &[Place]) -> Result<Report, VerifyError> {
     let options = LoadOptions {
+        places: places.to_vec(),
         drafts: true,
         quant: args.quant,
         ..LoadOptions::cpu()

@@ -16,14 +16,14 @@ pub struct Gpu(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     id: String,
-    driver: Box<dyn Driver>,
+    driver: Arc<dyn Driver>,
     workspace: Mutex<Workspace>,
 }
 
 impl Gpu {
     /// The device behind `driver`, known to operators as `id`.
     #[must_use]
-    pub fn new(id: &str, driver: Box<dyn Driver>) -> Self {
+    pub fn new(id: &str, driver: Arc<dyn Driver>) -> Self {
         Self(Arc::new(Inner {
             id: id.to_owned(),
             driver,

@@ -6,8 +6,10 @@
 use std::fmt;
 
 mod memory;
+mod peaks;
 
 pub use memory::{Buffer, Gpu, Scratch};
+pub use peaks::Peaks;
 
 /// A place in the memory of a device.
 pub type Address = u64;
@@ -150,6 +152,12 @@ pub enum GpuError {
     /// There is no such device.
     #[error("there is no CUDA device {0}")]
     NoDevice(usize),
+    /// No device is called so.
+    #[error("`{0}` names no device; write `cpu`, or a CUDA device as `cuda:0`")]
+    Name(String),
+    /// The program was built without CUDA.
+    #[error("this neuron was built without CUDA; build it with `--features cuda` (docs/cuda.md)")]
+    NotBuilt,
     /// It has no memory left.
     #[error("the device has no room for {bytes} bytes")]
     OutOfMemory {

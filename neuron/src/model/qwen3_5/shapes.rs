@@ -52,6 +52,18 @@ impl Shape {
         }
     }
 
+    /// Numbers in the matrices of its layers: what each token that is read is multiplied with.
+    pub(crate) fn layer_weights(self) -> usize {
+        let sizes = self.sizes();
+        let (hidden, (heads, kv_heads)) = (sizes.hidden, sizes.heads);
+        let full = sizes.layers / 4;
+        let attention = hidden * 256 * (3 * heads + 2 * kv_heads); // queries and gates, out, keys, values
+        let (key, value) = (16 * 128, sizes.value_heads * 128);
+        let delta = hidden * (2 * key + 3 * value + 2 * sizes.value_heads);
+        let mlp = 3 * hidden * sizes.width;
+        full * attention + (sizes.layers - full) * delta + sizes.layers * mlp
+    }
+
     /// What its `config.json` says.
     pub(crate) fn config(self) -> Value {
         let sizes = self.sizes();
@@ -93,5 +105,23 @@ impl fmt::Display for Shape {
             Self::B9 => "9b",
             Self::B27 => "27b",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{LoadOptions, load_made_up};
+    use crate::parallel::Solo;
+    use std::sync::Arc;
+
+    #[test]
+    fn the_weights_that_are_counted_are_those_of_the_layers() {
+        let options = LoadOptions::cpu();
+        let model = load_made_up(Shape::B0_8, &options, Arc::new(Solo), &|_| {}).unwrap();
+        let table = 248_320 * 1024;
+        let matrices = 2 * (Shape::B0_8.layer_weights() + table) as u64;
+        let rest = model.weight_bytes() - matrices; // norms and convolutions in f32
+        assert!(rest < matrices / 500, "{rest} of {matrices}");
     }
 }
