@@ -3,3 +3,6 @@
 
 /// Every module: its name and its PTX.
 pub const MODULES: &[(&str, &str)] = &[];
+
+#[cfg(test)]
+mod tests;
