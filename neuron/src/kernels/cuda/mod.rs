@@ -62,3 +62,6 @@ fn int(value: usize) -> Arg {
 fn long(value: usize) -> Arg {
     Arg::Long(i64::try_from(value).unwrap_or(i64::MAX))
 }
+
+#[cfg(test)]
+mod tests;
