@@ -29,7 +29,9 @@ pub fn places(id: &str, ranks: usize) -> Result<Vec<Place>, GpuError> {
 
 /// The number of the CUDA device `id`.
 fn ordinal(id: &str) -> Result<usize, GpuError> {
-    let number = id.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+    let number = id
+        .strip_prefix("cuda:")
+        .and_then(|number| number.parse().ok());
     number.ok_or_else(|| GpuError::Name(id.into()))
 }
 
@@ -40,7 +42,10 @@ fn ordinal(id: &str) -> Result<usize, GpuError> {
 pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
     let ordinal = ordinal(id)?;
     #[cfg(feature = "cuda")]
-    return Ok(Gpu::new(id, Arc::new(crate::gpu::CudaDevice::open(ordinal)?)));
+    return Ok(Gpu::new(
+        id,
+        Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
+    ));
     #[cfg(not(feature = "cuda"))]
     {
         let _ = ordinal;

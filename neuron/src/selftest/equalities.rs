@@ -41,7 +41,10 @@ pub fn compare(model: &dyn CausalLm) -> Result<Vec<Equality>, ModelError> {
             found.push(alone.against(&pieces, what));
         }
     }
-    for (length, (batched, alone)) in LENGTHS.iter().zip(together(model, &prompts)?.iter().zip(&alone)) {
+    for (length, (batched, alone)) in LENGTHS
+        .iter()
+        .zip(together(model, &prompts)?.iter().zip(&alone))
+    {
         let what = format!("{length} tokens beside others");
         found.push(alone.against(batched, what));
     }
@@ -70,19 +73,31 @@ impl Trace {
             for (a, b) in own.iter().zip(other) {
                 let apart = (a - b).abs();
                 // no number is as far away as can be
-                difference = if apart.is_nan() { f32::INFINITY } else { difference.max(apart) };
+                difference = if apart.is_nan() {
+                    f32::INFINITY
+                } else {
+                    difference.max(apart)
+                };
             }
         }
         let clear = |logits: &[f32]| {
             let top = logits[top(logits) as usize];
-            logits.iter().filter(|logit| top - **logit <= 2.0 * difference).count() == 1
+            logits
+                .iter()
+                .filter(|logit| top - **logit <= 2.0 * difference)
+                .count()
+                == 1
         };
-        let steps = self.logits.iter().zip(self.tokens.iter().zip(&other.tokens));
+        let steps = self
+            .logits
+            .iter()
+            .zip(self.tokens.iter().zip(&other.tokens));
         let same = steps.map(|(logits, (own, other))| own == other || !clear(logits));
         Equality {
             what,
             difference,
-            same_tokens: self.logits.len() == other.logits.len() && same.fold(true, |all, one| all && one),
+            same_tokens: self.logits.len() == other.logits.len()
+                && same.fold(true, |all, one| all && one),
         }
     }
 }
@@ -192,11 +207,7 @@ fn resumed(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> {
 }
 
 /// Feeds the right answer with wrong guesses behind it, one to three rows of which are kept.
-fn revoked(
-    model: &dyn CausalLm,
-    prompt: &[u32],
-    answer: &[u32],
-) -> Result<Trace, ModelError> {
+fn revoked(model: &dyn CausalLm, prompt: &[u32], answer: &[u32]) -> Result<Trace, ModelError> {
     let mut state = model.new_state();
     let logits = model.forward(&Batch::single(prompt, LogitRows::Last), &mut [&mut state])?;
     let mut trace = Trace {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
   float* trail = nullptr;
   if (trails[segment])
     trail = reinterpret_cast<float*>(trails[segment]) + trail_offset + shape.tail + (long long)rows * shape.channels +
-            head * (long long)(rows - 1) * size + place;
+            head * size + place;
   const bool whole = left >= 4 && shape.value_dim % 4 == 0 && on_boundary(state) && (!trail || on_boundary(trail));
 
   float s[KEYS][4];
@@ -153,7 +153,7 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
     if (trail && t + 1 < rows) {
 #pragma unroll
       for (int i = 0; i < KEYS; ++i) store_columns(trail + (long long)i * shape.value_dim, s[i], left, whole);
-      trail += size;
+      trail += shape.value_heads * size;
     }
   }
 #pragma unroll

@@ -230,10 +230,20 @@ macro_rules! by_rows {
     };
 }
 
+/// Blocks for weights of `n` rows: warps of a block take two rows each, or share them where there would be too few blocks
+/// to fill the device. A single row of x is cheapest to bring in where blocks go on to further rows.
+fn blocks(n: usize, rows: usize, gpu: &Gpu) -> usize {
+    const OF_BLOCK: usize = 16;
+    let busy = 4 * gpu.driver().processors() as usize;
+    match n.div_ceil(OF_BLOCK) {
+        few if few < busy => few.max(n.div_ceil(2).min(busy)),
+        _ if rows == 1 => busy,
+        many => many,
+    }
+}
+
 /// Products with the weights as they are.
 fn few_rows(x: &DeviceRows, weight: &DeviceMatrix, y: &DeviceRows) -> Result<(), GpuError> {
-    /// Rows of weights that a block multiplies.
-    const OF_BLOCK: usize = 8;
     let mut first = 0;
     while first < x.count() {
         let left = x.count() - first;
@@ -257,7 +267,7 @@ fn few_rows(x: &DeviceRows, weight: &DeviceMatrix, y: &DeviceRows) -> Result<(),
             int(weight.rows),
             int(weight.width),
         ];
-        let grid = [weight.rows.div_ceil(OF_BLOCK), 1, 1];
+        let grid = [blocks(weight.rows, rows, x.gpu()), 1, 1];
         launch(x.gpu(), kernel, grid, BLOCK, &args)?;
         first += rows;
     }
