@@ -498,6 +498,10 @@ impl CudaDevice {
     /// # Errors
     /// When the host has no driver or no cuBLAS, there is no such device, or it refuses something.
     pub fn open(ordinal: usize) -> Result<Self, GpuError> {
+        Self::with_kernels(ordinal, MODULES)
+    }
+
+    fn with_kernels(ordinal: usize, sources: &[(&str, &str)]) -> Result<Self, GpuError> {
         library::start()?;
         library::cublas()?;
         let device = device(ordinal)?;
@@ -515,7 +519,7 @@ impl CudaDevice {
         let stream = Stream::new()?;
         let mut modules = Vec::new();
         let mut kernels = HashMap::new();
-        for (name, ptx) in MODULES {
+        for (name, ptx) in sources {
             let module = Module::load(name, ptx)?;
             kernels.extend(module.kernels()?);
             modules.push(module);
@@ -544,8 +548,28 @@ impl CudaDevice {
         self.ordinal
     }
 
+    /// The stream that all its work is in, for libraries that add to it.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn stream(&self) -> sys::CUstream {
+        self.stream.0
+    }
+
+    /// Whether all work is done.
+    ///
+    /// # Errors
+    /// That of the work.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn is_idle(&self) -> Result<bool, GpuError> {
+        self.make_current()?;
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.stream.0) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            answer => check("cuStreamQuery", answer).map(|()| true),
+        }
+    }
+
     /// Makes its context the one of this thread, as whatever reaches the device needs.
-    fn make_current(&self) -> Result<(), GpuError> {
+    pub(crate) fn make_current(&self) -> Result<(), GpuError> {
         self.context.make_current()
     }
 
@@ -750,3 +774,6 @@ impl Driver for CudaDevice {
         unsafe { driver!(cuGraphLaunch(recorded.0, self.stream.0)) }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
