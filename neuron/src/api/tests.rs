@@ -8,7 +8,7 @@ use crate::text::tokenizer::tests::{fixture, tiny};
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, StatusCode, header};
 use futures::StreamExt;
-use protocol::node::{LoadModel, ModelState};
+use protocol::node::{LoadModel, ModelState, NodeInfo};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -946,6 +946,15 @@ async fn models_are_listed_by_ids_with_slashes() {
         node.contains("\"host\":\"host\"") && node.contains("\"id\":\"cpu\""),
         "{node}"
     );
+    // What keeps CUDA from being used is told by a word; a build without it has nothing to tell.
+    let node: NodeInfo = serde_json::from_str(&node).unwrap();
+    assert_eq!(node.cuda.is_some(), cfg!(feature = "cuda"));
+    let usable = node.features.iter().any(|feature| feature == "cuda");
+    let amiss = node
+        .cuda
+        .as_ref()
+        .is_some_and(|cuda| !cuda.faults.is_empty());
+    assert!(node.cuda.is_none() || usable || amiss, "{node:?}");
 }
 
 #[tokio::test]

@@ -1,11 +1,16 @@
 //! What this host can put a model on.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod metrics;
+
+pub use metrics::register;
 
 use crate::gpu::{Gpu, GpuError};
 use crate::kernels::rows::Place;
 use candle_core::Device;
-use protocol::node::DeviceInfo;
+use protocol::node::{CudaInfo, DeviceInfo};
 
 /// The device models are loaded on.
 #[must_use]
@@ -56,7 +61,35 @@ pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
 /// Every device that can hold a model, with its memory as it is now.
 #[must_use]
 pub fn inventory() -> Vec<DeviceInfo> {
-    vec![cpu::describe()]
+    let mut devices = Vec::new();
+    #[cfg(feature = "cuda")]
+    devices.extend(cuda::inventory());
+    devices.push(cpu::describe());
+    devices
+}
+
+/// What there is of CUDA; none where this build cannot use it.
+#[must_use]
+pub fn cuda() -> Option<CudaInfo> {
+    #[cfg(feature = "cuda")]
+    return Some(cuda::info());
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
+/// Says in the log what CUDA devices there are, and what keeps them from being used.
+pub fn log() {
+    let Some(cuda) = cuda() else { return };
+    for fault in &cuda.faults {
+        tracing::warn!(kind = fault.kind.as_str(), reason = fault.reason, "CUDA");
+    }
+    let devices = cuda.devices.len();
+    tracing::info!(
+        devices,
+        version = cuda.version,
+        driver = cuda.driver,
+        "CUDA"
+    );
 }
 
 /// Bytes free on `device` now; none when the system does not tell.
@@ -81,7 +114,10 @@ pub fn id_of(device: &Device) -> String {
 #[must_use]
 pub fn features() -> Vec<String> {
     let mut features = vec!["cpu".to_owned()];
-    if candle_core::utils::cuda_is_available() {
+    if inventory()
+        .iter()
+        .any(|device| device.id.starts_with("cuda:"))
+    {
         features.push("cuda".to_owned());
     }
     features

@@ -8,9 +8,17 @@ pub(crate) mod emulated;
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "cuda")]
+mod library;
 mod memory;
 mod peaks;
+#[cfg(feature = "cuda")]
+mod staging;
 
+#[cfg(feature = "cuda")]
+pub use driver::CudaDevice;
 pub use memory::{Buffer, Gpu, Scratch};
 pub use peaks::Peaks;
 
@@ -152,6 +160,14 @@ pub enum GpuError {
         /// What the system says.
         reason: String,
     },
+    /// The driver is of a version that does not read our kernels.
+    #[error("the driver speaks version {found} of CUDA, and {needed} is needed")]
+    OldDriver {
+        /// What it speaks, as it counts: 12040 is 12.4.
+        found: i32,
+        /// What is needed.
+        needed: i32,
+    },
     /// There is no such device.
     #[error("there is no CUDA device {0}")]
     NoDevice(usize),
@@ -180,6 +196,9 @@ pub enum GpuError {
     /// A kernel that is asked for is not there.
     #[error("there is no kernel `{0}`")]
     NoKernel(String),
+    /// A kernel is given other values than it has parameters for.
+    #[error("kernel `{0}` does not take these arguments")]
+    Arguments(String),
     /// The model has sizes that no kernel is made for.
     #[error("no kernel is made for {what} of {found}, only for {made_for}")]
     Size {

@@ -6,6 +6,8 @@ use candle_core::Tensor;
 use std::fmt::Debug;
 use std::time::Duration;
 
+#[cfg(feature = "nccl")]
+mod nccl;
 mod planned;
 mod rank;
 mod ranks;
@@ -17,6 +19,8 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod suite;
 
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use planned::{Indivisible, weight_bytes};
 pub use ranks::{Ranks, load};
 pub use solo::Solo;
