@@ -76,14 +76,16 @@ pub(crate) struct FakeModel {
     pub(crate) script: Script,
     pub(crate) gate: Arc<Gate>,
     pub(crate) context: usize,
+    /// What it says that a state takes beside its blocks.
+    pub(crate) fixed: u64,
     /// Steps run so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// Tokens computed so far.
     pub(crate) rows: Arc<AtomicUsize>,
     pub(crate) pool: KvPool,
-    /// Hangs up when the model is dropped.
-    #[expect(dead_code, reason = "held to hang up, never used")]
-    pub(crate) dropped: Option<std::sync::mpsc::Sender<()>>,
+    /// Dropped with the model.
+    #[expect(dead_code, reason = "held to be dropped, never used")]
+    pub(crate) dropped: Option<Box<dyn std::any::Any + Send>>,
 }
 
 impl FakeModel {
@@ -92,6 +94,7 @@ impl FakeModel {
             script,
             gate: Arc::default(),
             context: 4096,
+            fixed: 0,
             steps: Arc::default(),
             rows: Arc::default(),
             pool: KvPool::new(KvShape {
@@ -146,9 +149,9 @@ impl CausalLm for FakeModel {
         1000
     }
 
-    /// A byte a token.
+    /// A byte a token, so it says.
     fn state_bytes(&self, tokens: usize) -> u64 {
-        (KvShape::blocks(tokens) * BLOCK) as u64
+        self.fixed + (KvShape::blocks(tokens) * BLOCK) as u64
     }
 
     fn pool(&self) -> &KvPool {

@@ -119,9 +119,16 @@ impl KvPool {
         }
     }
 
-    /// Bounds the blocks that may be out at once.
+    /// Bounds the blocks that may be out at once. Of those that are out beyond it none is taken away: they go as their
+    /// holders let go.
     pub fn set_capacity(&self, blocks: usize) {
-        self.shelf().capacity = blocks;
+        let mut shelf = self.shelf();
+        shelf.capacity = blocks;
+        let keep = blocks.saturating_sub(shelf.out).min(shelf.spare.len());
+        let surplus = shelf.spare.split_off(keep);
+        shelf.spare.shrink_to_fit();
+        drop(shelf); // giving much memory back takes a while
+        drop(surplus);
     }
 
     /// Blocks that may be out at once.
@@ -134,6 +141,13 @@ impl KvPool {
     #[must_use]
     pub fn out(&self) -> usize {
         self.shelf().out
+    }
+
+    /// Blocks there is memory for: those that are out, and those that came back and are kept for the next.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        let shelf = self.shelf();
+        shelf.out + shelf.spare.len()
     }
 
     /// Blocks that could be taken now.
@@ -302,7 +316,8 @@ impl Drop for Block {
         let storage = self.storage.take();
         let mut shelf = self.pool.shelf();
         shelf.out -= 1;
-        if shelf.capacity < usize::MAX {
+        // without a bound nobody counts on the memory, and beyond a bound somebody else does
+        if shelf.capacity < usize::MAX && shelf.out + shelf.spare.len() < shelf.capacity {
             shelf.spare.extend(storage);
         }
     }
@@ -335,6 +350,28 @@ mod tests {
         assert_eq!((pool.free(), pool.out()), (1, 1));
         drop(second);
         assert_eq!(pool.out(), 0);
+    }
+
+    #[test]
+    fn memory_beyond_a_smaller_capacity_goes_back_at_once_or_with_the_last_holder() {
+        let pool = pool();
+        pool.set_capacity(6);
+        let mut blocks: Vec<_> = (0..6).map(|_| pool.take().unwrap()).collect();
+        blocks.truncate(4);
+        assert_eq!((pool.out(), pool.held()), (4, 6), "two are kept for later");
+        pool.set_capacity(5);
+        assert_eq!(pool.held(), 5);
+        pool.set_capacity(2);
+        assert_eq!((pool.held(), pool.free()), (4, 0), "four are in use");
+        assert!(pool.take().is_none());
+        blocks.truncate(1);
+        assert_eq!((pool.out(), pool.held()), (1, 2));
+        let second = pool.take().unwrap();
+        assert!(pool.take().is_none());
+        pool.set_capacity(3);
+        assert!(pool.take().is_some(), "it may grow again");
+        drop((blocks, second));
+        assert_eq!((pool.out(), pool.held()), (0, 3));
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub(crate) fn doomed_behind(
         }
         Ok(Box::new(FakeRank {
             model: FakeModel {
-                dropped: mine,
+                dropped: mine.map(|mine| Box::new(mine) as _),
                 ..FakeModel::new(Script::Hash)
             },
             gate: match communicator.rank() {
