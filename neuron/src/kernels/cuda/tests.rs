@@ -244,7 +244,7 @@ fn rows_are_gathered_and_scattered() {
     let Some(device) = Device::here() else { return };
     let (rows, width) = (6, 45);
     let x = numbers(1, rows * width);
-    let index = [4, 0, 5, 4];
+    let index = [4, 0, 5, 4_i32];
     let (at, indices) = (device.put(&x), device.put(&index));
     let y = device.room(index.len() * width);
     let size = Arg::Int(width as i32);
@@ -261,10 +261,10 @@ fn rows_are_gathered_and_scattered() {
     );
     let found: Vec<f32> = device.get(y, index.len() * width);
     for (found, row) in found.chunks_exact(width).zip(index) {
-        assert_eq!(*found, x[row * width..][..width]);
+        assert_eq!(*found, x[row as usize * width..][..width]);
     }
 
-    let (index, weights) = ([3, 0, 5], [0.5, -2.0, 1.5_f32]);
+    let (index, weights) = ([3, 0, 5_i32], [0.5, -2.0, 1.5_f32]);
     let added = numbers(2, index.len() * width);
     let sum = device.put(&x);
     let args = [
@@ -279,7 +279,8 @@ fn rows_are_gathered_and_scattered() {
     let mut expected = wide(&x);
     for (i, row) in index.into_iter().enumerate() {
         for c in 0..width {
-            expected[row * width + c] += f64::from(weights[i]) * f64::from(added[i * width + c]);
+            expected[row as usize * width + c] +=
+                f64::from(weights[i]) * f64::from(added[i * width + c]);
         }
     }
     assert!(worst(&device.get(sum, rows * width), &expected) < 1e-6);
