@@ -4,6 +4,7 @@
 /// Every module: its name and its PTX.
 pub const MODULES: &[(&str, &str)] = &[
     ("conv", include_str!("conv.ptx")),
+    ("delta_chunk", include_str!("delta_chunk.ptx")),
     ("delta_rule", include_str!("delta_rule.ptx")),
     ("misc", include_str!("misc.ptx")),
     ("norm", include_str!("norm.ptx")),
