@@ -515,7 +515,9 @@ fn library() -> Option<PathBuf> {
         .status();
     assert!(status.expect("g++ was there").success());
     for object in objects {
-        fs::remove_file(object).expect("it was just made");
+        for made in [object.with_extension("cpp"), object] {
+            fs::remove_file(made).expect("it was just made");
+        }
     }
     fs::rename(linked, &library).expect("both are in one folder");
     Some(library)

@@ -17,7 +17,13 @@ pub(crate) use step::Step;
 use crate::gpu::{Arg, Gpu, GpuError, Launch};
 
 /// Every module: its name and its PTX.
-pub const MODULES: &[(&str, &str)] = &[];
+pub const MODULES: &[(&str, &str)] = &[
+    ("conv", include_str!("conv.ptx")),
+    ("delta_chunk", include_str!("delta_chunk.ptx")),
+    ("delta_rule", include_str!("delta_rule.ptx")),
+    ("misc", include_str!("misc.ptx")),
+    ("norm", include_str!("norm.ptx")),
+];
 
 /// Threads of a block where a kernel leaves the choice.
 const BLOCK: u32 = 256;
