@@ -3,6 +3,9 @@
 //! Everything above this line is the same for a real device ([`Driver`] over the CUDA driver, feature `cuda`) and for
 //! the one that tests use, which runs the same kernels on the CPU.
 
+#[cfg(test)]
+pub(crate) mod emulated;
+
 use std::fmt;
 
 /// A place in the memory of a device.
