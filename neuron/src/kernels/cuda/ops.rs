@@ -1,7 +1,7 @@
 //! The operations of a model on a device, one launch or a few each.
 
 use super::step::Step;
-use super::{BLOCK, DeviceRows, int, launch, long};
+use super::{BLOCK, DeviceRows, int, launch, launch_shared, long};
 use crate::gpu::{Address, Arg, Buffer, Gpu, GpuError};
 use crate::kernels::delta_rule::Heads;
 use crate::memory::pool::{BLOCK as TOKENS, KvNumbers};
@@ -162,10 +162,10 @@ pub(crate) fn delta_net(
             qkv.arg(),
             at(net.conv),
             convolved.arg(),
-            step.slots(),
+            step.slots(0),
             offset,
             step.starts(0),
-            step.trails(),
+            step.trails(0),
             trail,
             int(channels),
             int(net.taps),
@@ -179,44 +179,24 @@ pub(crate) fn delta_net(
         32,
         &[convolved.arg(), int(channels), int(key), int(key_dim)],
     )?;
-    let kernel = match key_dim {
-        16 => "delta_rule_16",
-        32 => "delta_rule_32",
-        64 => "delta_rule_64",
-        128 => "delta_rule_128",
-        found => {
-            return Err(GpuError::Size {
-                what: "key dimension",
-                found,
-                made_for: "16, 32, 64 and 128",
-            });
-        }
-    };
     let mixed = DeviceRows::new(gpu, qkv.count(), value * value_dim)?;
-    launch(
-        gpu,
-        kernel,
-        [value_dim.div_ceil(DELTA_COLUMNS), value, segments],
-        DELTA_THREADS,
-        &[
-            convolved.arg(),
-            b.arg(),
-            a.arg(),
-            at(net.rate),
-            at(net.dt_bias),
-            mixed.arg(),
-            step.slots(),
-            offset,
-            step.starts(0),
-            step.trails(),
-            trail,
-            int(channels),
-            int(key),
-            int(value),
-            int(value_dim),
-            int(place.tail),
-        ],
-    )?;
+    let rule = DeltaRule {
+        convolved: &convolved,
+        b,
+        a,
+        net,
+        place,
+        step,
+        out: &mixed,
+    };
+    // sequences with many rows by whole chunks, where there are kernels for that
+    let (few, many) = (step.few.0, step.shape.segments - step.few.0);
+    if many > 0 && step.trail_rows == 0 && (key_dim, value_dim) == (CHUNKED_DIM, CHUNKED_DIM) {
+        rule.scan(few)?;
+        rule.by_chunks(few)?;
+    } else {
+        rule.scan(segments)?;
+    }
     launch(
         gpu,
         "gated_rms_norm",
@@ -231,6 +211,125 @@ pub(crate) fn delta_net(
         ],
     )?;
     Ok(mixed)
+}
+
+/// The width of keys and values that there are kernels by chunks for.
+const CHUNKED_DIM: usize = 128;
+
+/// The delta rule over the sequences of a step.
+struct DeltaRule<'a> {
+    convolved: &'a DeviceRows,
+    b: &'a DeviceRows,
+    a: &'a DeviceRows,
+    net: &'a DeltaNet<'a>,
+    place: &'a DeltaPlace,
+    step: &'a Step,
+    out: &'a DeviceRows,
+}
+
+impl DeltaRule<'_> {
+    /// Row by row, the first `segments` sequences.
+    fn scan(&self, segments: usize) -> Result<()> {
+        let heads = self.net.heads;
+        let kernel = match heads.key_dim {
+            16 => "delta_rule_16",
+            32 => "delta_rule_32",
+            64 => "delta_rule_64",
+            128 => "delta_rule_128",
+            found => {
+                return Err(GpuError::Size {
+                    what: "key dimension",
+                    found,
+                    made_for: "16, 32, 64 and 128",
+                });
+            }
+        };
+        launch(
+            self.convolved.gpu(),
+            kernel,
+            [
+                heads.value_dim.div_ceil(DELTA_COLUMNS),
+                heads.value,
+                segments,
+            ],
+            DELTA_THREADS,
+            &[
+                self.convolved.arg(),
+                self.b.arg(),
+                self.a.arg(),
+                at(self.net.rate),
+                at(self.net.dt_bias),
+                self.out.arg(),
+                self.step.slots(0),
+                long(self.place.offset),
+                self.step.starts(0),
+                self.step.trails(0),
+                long(self.place.trail_offset(self.step.trail_rows)),
+                int(heads.channels()),
+                int(heads.key),
+                int(heads.value),
+                int(heads.value_dim),
+                int(self.place.tail),
+            ],
+        )
+    }
+
+    /// The sequences from `first` on: all chunks at once as far as they do not need the state, and then one after another.
+    fn by_chunks(&self, first: usize) -> Result<()> {
+        /// Rows of a chunk, and the bytes of what one leaves for the second pass.
+        const CHUNK: usize = 64;
+        const RECORD: usize = 147_712;
+        const PREPARE: (u32, u32) = (128, 87_808);
+        /// Threads that share 32 columns of a state, and their bytes of shared memory.
+        const GROUP: (u32, u32) = (128, 24_576);
+        let (gpu, heads) = (self.convolved.gpu(), self.net.heads);
+        let segments = self.step.shape.segments - first;
+        let rows = self.convolved.count() - self.step.few.1;
+        let records = heads.value * (rows / CHUNK + segments);
+        let scratch = gpu.scratch(records * RECORD)?;
+        let scratch = Arg::Address(scratch.address());
+        launch_shared(
+            gpu,
+            "delta_chunk_prepare_128",
+            [self.step.longest.div_ceil(CHUNK), heads.value, segments],
+            PREPARE,
+            &[
+                self.convolved.arg(),
+                self.b.arg(),
+                self.a.arg(),
+                at(self.net.rate),
+                at(self.net.dt_bias),
+                self.step.starts(first),
+                scratch,
+                int(heads.channels()),
+                int(heads.key),
+                int(heads.value),
+            ],
+        )?;
+        // two groups a block read the scratch half as often; one makes more blocks
+        let processors = gpu.driver().processors() as usize;
+        let groups = if 4 * heads.value * segments <= 2 * processors {
+            1
+        } else {
+            2
+        };
+        let (threads, shared) = GROUP;
+        launch_shared(
+            gpu,
+            "delta_chunk_scan_128",
+            [4 / groups, heads.value, segments],
+            (threads * groups as u32, shared * groups as u32),
+            &[
+                scratch,
+                self.out.arg(),
+                self.step.slots(first),
+                long(self.place.offset),
+                self.step.starts(first),
+                int(heads.value),
+                int(self.place.tail),
+            ],
+        )
+    }
 }
 
 /// What full attention keeps beside its projections.
@@ -409,14 +508,14 @@ fn prefill(
         (KvNumbers::Bf16, 128) => "attention_prefill_bf16_128",
         (KvNumbers::Bf16, _) => "attention_prefill_bf16_256",
     };
-    /// Rows of a tile.
+    /// Query heads of a tile, over all its rows.
     const TILE: usize = 64;
     launch(
         queries.gpu(),
         kernel,
         [
-            step.longest.div_ceil(TILE),
-            full.heads,
+            (step.longest * (full.heads / full.kv_heads)).div_ceil(TILE),
+            full.kv_heads,
             step.shape.segments - first,
         ],
         128,

@@ -185,14 +185,14 @@ impl Step {
         Arg::Address(self.buffer.address() + place as u64)
     }
 
-    /// The address of each sequence's slot.
-    pub(super) fn slots(&self) -> Arg {
-        self.at(0)
+    /// The address of each sequence's slot, from sequence `first` on.
+    pub(super) fn slots(&self, first: usize) -> Arg {
+        self.at(first * size_of::<u64>())
     }
 
-    /// The address of each sequence's trail, or 0.
-    pub(super) fn trails(&self) -> Arg {
-        self.at(self.places.trails)
+    /// The address of each sequence's trail, or 0, from sequence `first` on.
+    pub(super) fn trails(&self, first: usize) -> Arg {
+        self.at(self.places.trails + first * size_of::<u64>())
     }
 
     /// The addresses of each sequence's blocks, from sequence `first` on.
