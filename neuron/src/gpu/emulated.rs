@@ -413,7 +413,7 @@ impl Kernels {
             && (1..1 << 16).contains(&y)
             && (1..1 << 16).contains(&z)
             && (32..=1024).contains(&block)
-            && block % 32 == 0
+            && block.is_multiple_of(32)
             && shared <= MOST_SHARED;
         if !fits {
             return Err(refused(
@@ -648,9 +648,17 @@ mod tests {
     #[should_panic = "wrote behind"]
     fn a_write_behind_an_allocation_shows() {
         let device = emulated().expect("wrote behind: cannot be tried without g++");
-        let [sum, x] = [[1.0], [1.0]].map(|one| put(&*device, &one));
-        let args = [Arg::Address(sum), Arg::Address(x), Arg::Long(2)];
-        device.launch(&add(&args)).expect("it fits the parameters");
-        device.release(sum);
+        let device = &*device;
+        let [x, y] = [put(device, &[1.0, 2.0]), put(device, &[0.0])];
+        let first = put(device, &[0.0]); // the bits of 0
+        let args = [x, first, y].map(Arg::Address);
+        let args = [&args[..], &[Arg::Int(2)]].concat();
+        let kernel = "gather_rows";
+        let launch = Launch {
+            kernel,
+            ..add(&args)
+        };
+        device.launch(&launch).expect("it takes these");
+        device.release(y);
     }
 }

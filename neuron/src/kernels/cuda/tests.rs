@@ -41,7 +41,7 @@ fn cksum(bytes: &[u8]) -> u32 {
     let sum = bytes.iter().chain(length).fold(0, |sum: u32, byte| {
         (0..8).fold(sum ^ u32::from(*byte) << 24, |sum, _| {
             let over = sum >> 31;
-            sum << 1 ^ over * 0x04c1_1db7
+            (sum << 1) ^ (over * 0x04c1_1db7)
         })
     });
     !sum
