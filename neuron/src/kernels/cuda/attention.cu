@@ -121,6 +121,7 @@ __device__ __forceinline__ void plain_attend(PlainState<D>& state, const float* 
       float key[D / 32];
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) key[i] = block[blocks.keys + token * D + i * 32 + lane];
+#pragma unroll 1
       for (int h = 0; h < group; ++h) {
         float score = 0.0f;
 #pragma unroll
@@ -380,7 +381,7 @@ __device__ __forceinline__ void decode_bf16(const float* queries, const unsigned
 
 // Grid (splits, kv_heads, T), block 128.
 #define DECODE(name, function, D)                                                                               \
-  extern "C" __global__ void __launch_bounds__(128) attention_decode_##name##_##D(                              \
+  extern "C" __global__ void __launch_bounds__(128, 1) attention_decode_##name##_##D(                              \
       const float* queries, const unsigned long long* blocks, int table_width, const int* row_segment,          \
       const int* positions, float* partial, int heads, int kv_heads, int layer, int split_tokens) {             \
     function<D>(queries, blocks, table_width, row_segment, positions, partial, heads, kv_heads, layer,          \
@@ -594,7 +595,7 @@ __device__ __forceinline__ void prefill_bf16(const float* queries, const float* 
 }
 
 #define PREFILL(name, function, D)                                                                              \
-  extern "C" __global__ void __launch_bounds__(PREFILL_THREADS) attention_prefill_##name##_##D(                 \
+  extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##name##_##D(                 \
       const float* queries, const float* q_gate, const unsigned long long* blocks, int table_width,             \
       const int* starts, const int* positions, float* out, int heads, int kv_heads, int layer) {                \
     function<D>(queries, q_gate, blocks, table_width, starts, positions, out, heads, kv_heads, layer);          \

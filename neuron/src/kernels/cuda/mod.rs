@@ -10,4 +10,8 @@ pub const MODULES: &[(&str, &str)] = &[
 ];
 
 #[cfg(test)]
+mod attention_tests;
+#[cfg(test)]
+mod matrix_tests;
+#[cfg(test)]
 mod tests;
