@@ -93,29 +93,25 @@ constexpr int PLAIN_THREADS = 128, MOST_HEADS = 16;
 // The query heads of a kv head, for one row.
 template <int D>
 struct PlainState {
-  static constexpr int OWN = D <= PLAIN_THREADS ? 1 : D / PLAIN_THREADS; // dimensions that a thread sums up
-  float queries[MOST_HEADS][D];
+  float queries[MOST_HEADS][D], sums[MOST_HEADS][D];
   float scores[MOST_HEADS][BLOCK_TOKENS];
   float most[MOST_HEADS], sum[MOST_HEADS], rescale[MOST_HEADS];
 };
 
 // Tokens from `begin` (at the start of a block) up to before `end`, of which there is at least one.
 template <int D>
-__device__ __forceinline__ void plain_attend(PlainState<D>& state, float (&sums)[MOST_HEADS][PlainState<D>::OWN],
-                                             const float* queries, const Blocks& blocks, int group, int begin,
-                                             int end) {
-  constexpr int OWN = PlainState<D>::OWN;
+__device__ __forceinline__ void plain_attend(PlainState<D>& state, const float* queries, const Blocks& blocks,
+                                             int group, int begin, int end) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const float scale = 1.0f / sqrtf((float)D);
-  for (int i = thread; i < group * D; i += PLAIN_THREADS) state.queries[i / D][i % D] = queries[i] * scale;
+  for (int i = thread; i < group * D; i += PLAIN_THREADS) {
+    state.queries[i / D][i % D] = queries[i] * scale;
+    state.sums[i / D][i % D] = 0.0f;
+  }
   if (thread < group) {
     state.most[thread] = -INFINITY;
     state.sum[thread] = 0.0f;
   }
-#pragma unroll
-  for (int h = 0; h < MOST_HEADS; ++h)
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) sums[h][i] = 0.0f;
   __syncthreads();
 
   for (int first = begin; first < end; first += BLOCK_TOKENS) {
@@ -125,6 +121,7 @@ __device__ __forceinline__ void plain_attend(PlainState<D>& state, float (&sums)
       float key[D / 32];
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) key[i] = block[blocks.keys + token * D + i * 32 + lane];
+#pragma unroll 1
       for (int h = 0; h < group; ++h) {
         float score = 0.0f;
 #pragma unroll
@@ -136,9 +133,11 @@ __device__ __forceinline__ void plain_attend(PlainState<D>& state, float (&sums)
     __syncthreads();
     if (thread < group) {
       float most = state.most[thread];
+#pragma unroll 1
       for (int token = 0; token < tokens; ++token) most = fmaxf(most, state.scores[thread][token]);
       const float rescale = expf(state.most[thread] - most);
       float sum = state.sum[thread] * rescale;
+#pragma unroll 1
       for (int token = 0; token < tokens; ++token) {
         const float weight = expf(state.scores[thread][token] - most);
         state.scores[thread][token] = weight;
@@ -149,24 +148,13 @@ __device__ __forceinline__ void plain_attend(PlainState<D>& state, float (&sums)
       state.rescale[thread] = rescale;
     }
     __syncthreads();
-    if (thread < D) {
-#pragma unroll
-      for (int h = 0; h < MOST_HEADS; ++h) {
-        if (h >= group) break;
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) sums[h][i] *= state.rescale[h];
-      }
-      for (int token = 0; token < tokens; ++token) {
-        float value[OWN];
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) value[i] = block[blocks.values + token * D + i * PLAIN_THREADS + thread];
-#pragma unroll
-        for (int h = 0; h < MOST_HEADS; ++h) {
-          if (h >= group) break;
-#pragma unroll
-          for (int i = 0; i < OWN; ++i) sums[h][i] = fmaf(state.scores[h][token], value[i], sums[h][i]);
-        }
-      }
+    for (int i = thread; i < group * D; i += PLAIN_THREADS) {
+      const int h = i / D;
+      float sum = state.sums[h][i % D] * state.rescale[h];
+#pragma unroll 4
+      for (int token = 0; token < tokens; ++token)
+        sum = fmaf(state.scores[h][token], block[blocks.values + token * D + i % D], sum);
+      state.sums[h][i % D] = sum;
     }
     __syncthreads();
   }
@@ -183,28 +171,15 @@ __device__ __forceinline__ void decode_f32(const float* queries, const unsigned 
   const int end = min(begin + split_tokens, positions[row] + 1);
   float* out = partial + ((row * heads + kv_head * group) * splits + split) * (D + 2);
   const long long apart = (long long)splits * (D + 2);
-  if (begin >= end) {
-    if (thread < group) {
-      out[thread * apart] = -INFINITY;
-      out[thread * apart + 1] = 0.0f;
-    }
-    for (int i = thread; i < group * D; i += PLAIN_THREADS) out[i / D * apart + 2 + i % D] = 0.0f;
-    return;
-  }
-  float sums[MOST_HEADS][PlainState<D>::OWN];
-  plain_attend<D>(state, sums, queries + (row * heads + kv_head * group) * D,
-                  blocks_of(blocks, table_width, row_segment[row], layer, kv_heads, kv_head, D), group, begin, end);
+  if (begin < end)
+    plain_attend<D>(state, queries + (row * heads + kv_head * group) * D,
+                    blocks_of(blocks, table_width, row_segment[row], layer, kv_heads, kv_head, D), group, begin, end);
   if (thread < group) {
-    out[thread * apart] = state.most[thread];
-    out[thread * apart + 1] = state.sum[thread];
+    out[thread * apart] = begin < end ? state.most[thread] : -INFINITY;
+    out[thread * apart + 1] = begin < end ? state.sum[thread] : 0.0f;
   }
-  if (thread < D)
-#pragma unroll
-    for (int h = 0; h < MOST_HEADS; ++h) {
-      if (h >= group) break;
-#pragma unroll
-      for (int i = 0; i < PlainState<D>::OWN; ++i) out[h * apart + 2 + i * PLAIN_THREADS + thread] = sums[h][i];
-    }
+  for (int i = thread; i < group * D; i += PLAIN_THREADS)
+    out[i / D * apart + 2 + i % D] = begin < end ? state.sums[i / D][i % D] : 0.0f;
 }
 
 // === tensor cores, for keys and values in bf16
@@ -406,7 +381,7 @@ __device__ __forceinline__ void decode_bf16(const float* queries, const unsigned
 
 // Grid (splits, kv_heads, T), block 128.
 #define DECODE(name, function, D)                                                                               \
-  extern "C" __global__ void __launch_bounds__(128) attention_decode_##name##_##D(                              \
+  extern "C" __global__ void __launch_bounds__(128, 1) attention_decode_##name##_##D(                              \
       const float* queries, const unsigned long long* blocks, int table_width, const int* row_segment,          \
       const int* positions, float* partial, int heads, int kv_heads, int layer, int split_tokens) {             \
     function<D>(queries, blocks, table_width, row_segment, positions, partial, heads, kv_heads, layer,          \
@@ -467,19 +442,12 @@ __device__ __forceinline__ void prefill_f32(const float* queries, const float* q
   const Blocks own = blocks_of(blocks, table_width, segment, layer, kv_heads, kv_head, D);
   for (int i = (begin + group - 1) / group; i < last; ++i) {
     const long long row = starts[segment] + i, first_head = row * heads + kv_head * group;
-    float sums[MOST_HEADS][PlainState<D>::OWN];
-    plain_attend<D>(state, sums, queries + first_head * D, own, group, 0, positions[row] + 1);
-    if (threadIdx.x < D)
-#pragma unroll
-      for (int h = 0; h < MOST_HEADS; ++h) {
-        if (h >= group) break;
-#pragma unroll
-        for (int j = 0; j < PlainState<D>::OWN; ++j) {
-          const int dimension = j * PLAIN_THREADS + threadIdx.x;
-          const float gate = q_gate[(first_head + h) * 2 * D + D + dimension];
-          out[(first_head + h) * D + dimension] = sums[h][j] / state.sum[h] * sigmoid(gate);
-        }
-      }
+    plain_attend<D>(state, queries + first_head * D, own, group, 0, positions[row] + 1);
+    for (int j = threadIdx.x; j < group * D; j += PLAIN_THREADS) {
+      const int h = j / D, dimension = j % D;
+      const float gate = q_gate[(first_head + h) * 2 * D + D + dimension];
+      out[first_head * D + j] = state.sums[h][dimension] / state.sum[h] * sigmoid(gate);
+    }
     __syncthreads(); // `state` is read no more
   }
 }
@@ -627,7 +595,7 @@ __device__ __forceinline__ void prefill_bf16(const float* queries, const float* 
 }
 
 #define PREFILL(name, function, D)                                                                              \
-  extern "C" __global__ void __launch_bounds__(PREFILL_THREADS) attention_prefill_##name##_##D(                 \
+  extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1) attention_prefill_##name##_##D(                 \
       const float* queries, const float* q_gate, const unsigned long long* blocks, int table_width,             \
       const int* starts, const int* positions, float* out, int heads, int kv_heads, int layer) {                \
     function<D>(queries, q_gate, blocks, table_width, starts, positions, out, heads, kv_heads, layer);          \

@@ -6,7 +6,8 @@
 // A unit's numbers are in GROUPS groups of equal size. quad() gives four of them in a form that costs little, c, and
 // affine() what is to be done with all of a group: number = scale * (c - ORIGIN) + shift. A product with one row of x
 // does that to the group's sum, not to each number. place() says which unit a column belongs to and which of the unit's
-// quads it is in, column() is the way back. DEPTH units of a row are loaded at a time.
+// quads it is in, column() is the way back. DEPTH units of a row are loaded at a time. Of a
+// CROWDED one only one block fits on a processor at M = 8.
 #include "common.cuh"
 
 // ALIGNED: every row begins on a boundary of 16 bytes.
@@ -76,7 +77,7 @@ template <int BYTES>
 struct Plain {
   static constexpr int UNIT = 16 / BYTES, GROUPS = 1;
   static constexpr float ORIGIN = 0.0f;
-  static constexpr bool SCALED = false, SHIFTED = false;
+  static constexpr bool SCALED = false, SHIFTED = false, CROWDED = false;
 
   static constexpr int DEPTH = 4;
   static constexpr int NUMBER = BYTES; // rows may begin anywhere between two numbers
@@ -87,16 +88,20 @@ struct Plain {
     const unsigned char* at = w.at + ((long long)row * w.width + unit * UNIT) * BYTES;
     if (ALIGNED) return load_16(at);
     // one number after another; those beyond the row are zeros
-    unsigned words[4] = {0, 0, 0, 0};
+    unsigned long long halves[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) {
-      if (unit * UNIT + i >= w.width) continue;
-      const unsigned number = BYTES == 4   ? __ldg(reinterpret_cast<const unsigned*>(at) + i)
-                              : BYTES == 2 ? load_2(at + 2 * i)
-                                           : __ldg(at + i);
-      words[i * BYTES / 4] |= number << 8 * (i * BYTES % 4);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    for (int half = 0; half < 2; ++half)
+#pragma unroll 1
+      for (int i = 0; i < UNIT / 2; ++i) {
+        const int in_unit = half * UNIT / 2 + i;
+        if (unit * UNIT + in_unit >= w.width) break;
+        const unsigned char* number = at + in_unit * BYTES;
+        const unsigned bits = BYTES == 4   ? __ldg(reinterpret_cast<const unsigned*>(number))
+                              : BYTES == 2 ? load_2(number)
+                                           : __ldg(number);
+        halves[half] |= (unsigned long long)bits << 8 * BYTES * i;
+      }
+    return make_uint4((unsigned)halves[0], (unsigned)(halves[0] >> 32), (unsigned)halves[1], (unsigned)(halves[1] >> 32));
   }
 };
 
@@ -160,7 +165,7 @@ struct Q8_0 : Plain<1> {
 // All values (4 bits of exponent, 3 of fraction), then a scale in f32 for each square of 128 x 128 of them; rows * width
 // is a multiple of 4.
 struct Fp8 : Plain<1> {
-  static constexpr int DEPTH = 3;
+  static constexpr int DEPTH = 2;
   static constexpr bool SCALED = true;
   struct Unit {
     uint4 bits;
@@ -191,7 +196,7 @@ template <bool FIVE>
 struct Affine256 {
   static constexpr int UNIT = 32, GROUPS = 2, BYTES = FIVE ? 176 : 144;
   static constexpr float ORIGIN = 1.0f;
-  static constexpr bool SCALED = true, SHIFTED = true;
+  static constexpr bool SCALED = true, SHIFTED = true, CROWDED = FIVE;
   struct Unit {
     uint4 header, low, high;
     int pair;
@@ -238,7 +243,7 @@ struct Affine256 {
 struct Q6K {
   static constexpr int UNIT = 16, GROUPS = 4, BYTES = 210;
   static constexpr float ORIGIN = 1.0f + 32.0f * STEP;
-  static constexpr bool SCALED = true, SHIFTED = false;
+  static constexpr bool SCALED = true, SHIFTED = false, CROWDED = false;
   struct Unit {
     unsigned low[2], high;
     signed char parts[4];
@@ -296,8 +301,6 @@ __device__ __forceinline__ float4 numbers(const typename F::Unit& unit, int quad
 
 // === y (M, n) = x (M, k) times w (n, k) transposed
 
-// Rows of w that a warp multiplies side by side, so that what it reads of x serves all of them.
-constexpr int GEMV_ROWS = 2;
 constexpr int GEMV_THREADS = 256, GEMV_WARPS = GEMV_THREADS / 32;
 
 // A stretch of x, all M rows of it, lies in shared memory, a quad's numbers as a float4 at [quad of its unit][unit]:
@@ -309,22 +312,24 @@ constexpr int GEMV_THREADS = 256, GEMV_WARPS = GEMV_THREADS / 32;
 // read into shared memory but once a block).
 template <class F, int M>
 struct Stretch {
+  // rows of w that a warp multiplies side by side, so that what it reads of x serves all of them
+  static constexpr int ROWS = 2;
   static constexpr int LENGTH = 8192 / M, UNITS = LENGTH / F::UNIT, QUADS = F::UNIT / 4;
   static constexpr int PLANE = UNITS + (QUADS == 1 ? 0 : 8 / QUADS); // a unit's quads begin at different banks
   float4 x[M * QUADS * PLANE];
-  float joined[GEMV_WARPS][GEMV_ROWS * M]; // sums of warps that share a pair
+  float joined[GEMV_WARPS][ROWS * M]; // sums of warps that share a pair
 };
 
 template <class F, int M, bool ALIGNED>
 __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights, const float* x, float* y, int n,
                                      int k) {
   constexpr int UNITS = Stretch<F, M>::UNITS, QUADS = Stretch<F, M>::QUADS, PLANE = Stretch<F, M>::PLANE;
-  constexpr int GROUP_QUADS = QUADS / F::GROUPS;
+  constexpr int ROWS = Stretch<F, M>::ROWS, GROUP_QUADS = QUADS / F::GROUPS;
   // units of each row that a lane has under way
-  constexpr int DEPTH = !ALIGNED ? 1 : M == 1 ? F::DEPTH : 2;
+  constexpr int DEPTH = !ALIGNED ? 1 : M == 1 ? F::DEPTH : F::GROUPS > 1 ? 1 : 2;
   const Matrix<ALIGNED> w = {static_cast<const unsigned char*>(weights), n, k};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int pairs = (n + GEMV_ROWS - 1) / GEMV_ROWS, all_units = (k + F::UNIT - 1) / F::UNIT;
+  const int pairs = (n + ROWS - 1) / ROWS, all_units = (k + F::UNIT - 1) / F::UNIT;
   // warps that share a pair: while a warp's share is at least one unit a lane
   int split = 1;
   while (split < GEMV_WARPS && (long long)pairs * split * 2 <= (long long)gridDim.x * GEMV_WARPS &&
@@ -334,25 +339,25 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
 
   bool staged = false; // all of x, which is no longer than the stretch
   for (int base = blockIdx.x * side_by_side; base < pairs; base += gridDim.x * side_by_side) {
-    int rows[GEMV_ROWS];
+    int rows[ROWS];
 #pragma unroll
-    for (int r = 0; r < GEMV_ROWS; ++r) rows[r] = min((base + warp / split) * GEMV_ROWS + r, n - 1);
-    float sums[GEMV_ROWS][M];
+    for (int r = 0; r < ROWS; ++r) rows[r] = min((base + warp / split) * ROWS + r, n - 1);
+    float sums[ROWS][M];
 #pragma unroll
-    for (int r = 0; r < GEMV_ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int m = 0; m < M; ++m) sums[r][m] = 0.0f;
 
     for (int begin = 0; begin < all_units; begin += UNITS) {
       const int end = min(begin + UNITS, all_units);
       int first = begin + share * 32 + lane;
-      typename F::Unit units[DEPTH][GEMV_ROWS];
+      typename F::Unit units[DEPTH][ROWS];
       // the first loads are under way while x is fetched
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d)
         if (first + d * split * 32 < end)
 #pragma unroll
-          for (int r = 0; r < GEMV_ROWS; ++r) units[d][r] = F::load(w, rows[r], first + d * split * 32);
+          for (int r = 0; r < ROWS; ++r) units[d][r] = F::load(w, rows[r], first + d * split * 32);
 
       if (!staged) {
         __syncthreads(); // nobody reads the last stretch any more
@@ -382,29 +387,29 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
           const float4* own = stretch.x + (unit - begin);
 #pragma unroll
           for (int group = 0; group < F::GROUPS; ++group) {
-            Affine affine[GEMV_ROWS];
+            Affine affine[ROWS];
 #pragma unroll
-            for (int r = 0; r < GEMV_ROWS; ++r) affine[r] = F::affine(units[d][r], group);
-            float partial[GEMV_ROWS] = {}, plain = 0.0f;
+            for (int r = 0; r < ROWS; ++r) affine[r] = F::affine(units[d][r], group);
+            float partial[ROWS] = {}, plain = 0.0f;
 #pragma unroll
             for (int q = group * GROUP_QUADS; q < (group + 1) * GROUP_QUADS; ++q) {
               if (M == 1) {
                 const float4 v = own[q * PLANE];
                 if (F::ORIGIN != 0.0f) plain += (v.x + v.y) + (v.z + v.w);
 #pragma unroll
-                for (int r = 0; r < GEMV_ROWS; ++r) {
+                for (int r = 0; r < ROWS; ++r) {
                   const float4 c = F::quad(units[d][r], q);
                   partial[r] = fmaf(c.x, v.x, fmaf(c.y, v.y, fmaf(c.z, v.z, fmaf(c.w, v.w, partial[r]))));
                 }
               } else {
-                float4 c[GEMV_ROWS];
+                float4 c[ROWS];
 #pragma unroll
-                for (int r = 0; r < GEMV_ROWS; ++r) c[r] = numbers<F>(units[d][r], q, affine[r]);
+                for (int r = 0; r < ROWS; ++r) c[r] = numbers<F>(units[d][r], q, affine[r]);
 #pragma unroll
                 for (int m = 0; m < M; ++m) {
                   const float4 v = own[(m * QUADS + q) * PLANE];
 #pragma unroll
-                  for (int r = 0; r < GEMV_ROWS; ++r)
+                  for (int r = 0; r < ROWS; ++r)
                     sums[r][m] =
                         fmaf(c[r].x, v.x, fmaf(c[r].y, v.y, fmaf(c[r].z, v.z, fmaf(c[r].w, v.w, sums[r][m]))));
                 }
@@ -412,7 +417,7 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
             }
             if (M == 1) {
 #pragma unroll
-              for (int r = 0; r < GEMV_ROWS; ++r) {
+              for (int r = 0; r < ROWS; ++r) {
                 if (F::ORIGIN != 0.0f) partial[r] = fmaf(-F::ORIGIN, plain, partial[r]);
                 sums[r][0] = F::SCALED ? fmaf(affine[r].scale, partial[r], sums[r][0]) : sums[r][0] + partial[r];
                 if (F::SHIFTED) sums[r][0] = fmaf(affine[r].shift, plain, sums[r][0]);
@@ -425,26 +430,26 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
         for (int d = 0; d < DEPTH; ++d)
           if (first + d * split * 32 < end)
 #pragma unroll
-            for (int r = 0; r < GEMV_ROWS; ++r) units[d][r] = F::load(w, rows[r], first + d * split * 32);
+            for (int r = 0; r < ROWS; ++r) units[d][r] = F::load(w, rows[r], first + d * split * 32);
       }
     }
 
 #pragma unroll
-    for (int r = 0; r < GEMV_ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int m = 0; m < M; ++m) sums[r][m] = warp_sum(sums[r][m]);
     if (split > 1) {
       if (lane == 0)
 #pragma unroll
-        for (int r = 0; r < GEMV_ROWS; ++r)
+        for (int r = 0; r < ROWS; ++r)
 #pragma unroll
           for (int m = 0; m < M; ++m) stretch.joined[warp][r * M + m] = sums[r][m];
       __syncthreads();
     }
     if (share == 0 && lane == 0) {
-      const int row = (base + warp / split) * GEMV_ROWS;
+      const int row = (base + warp / split) * ROWS;
 #pragma unroll
-      for (int r = 0; r < GEMV_ROWS; ++r)
+      for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           float sum = sums[r][m];
@@ -542,7 +547,7 @@ __device__ __forceinline__ void gemv(const void* w, const float* x, float* y, in
 }
 
 #define GEMV(name, F, M)                                                                               \
-  extern "C" __global__ void __launch_bounds__(GEMV_THREADS, M == 1 ? 3 : 2)                                           \
+  extern "C" __global__ void __launch_bounds__(GEMV_THREADS, M == 1 ? 3 : M == 8 && F::CROWDED ? 1 : 2)                                           \
       gemv_##name##_##M(const void* w, const float* x, float* y, int n, int k) {                       \
     gemv<F, M>(w, x, y, n, k);                                                                         \
   }                                                                                                    \

@@ -70,4 +70,8 @@ fn long(value: usize) -> Arg {
 }
 
 #[cfg(test)]
+mod attention_tests;
+#[cfg(test)]
+mod matrix_tests;
+#[cfg(test)]
 mod tests;

@@ -48,15 +48,15 @@ fn cksum(bytes: &[u8]) -> u32 {
 }
 
 /// A device, and short words for what tests do with it.
-struct Device(Arc<dyn Driver>);
+pub(super) struct Device(Arc<dyn Driver>);
 
 impl Device {
     /// None where there is no g++.
-    fn here() -> Option<Self> {
+    pub(super) fn here() -> Option<Self> {
         emulated().map(Self)
     }
 
-    fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Address {
+    pub(super) fn put<T: bytemuck::NoUninit>(&self, values: &[T]) -> Address {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let address = self.0.allocate(bytes.len()).expect("there is room");
         self.0.upload(address, bytes).expect("it was allocated");
@@ -64,11 +64,11 @@ impl Device {
     }
 
     /// Room for `count` f32 that nobody has written.
-    fn room(&self, count: usize) -> Address {
+    pub(super) fn room(&self, count: usize) -> Address {
         self.0.allocate(4 * count).expect("there is room")
     }
 
-    fn get<T: bytemuck::Pod>(&self, from: Address, count: usize) -> Vec<T> {
+    pub(super) fn get<T: bytemuck::Pod>(&self, from: Address, count: usize) -> Vec<T> {
         let mut values = vec![T::zeroed(); count];
         self.0
             .download(from, bytemuck::cast_slice_mut(&mut values))
@@ -76,11 +76,11 @@ impl Device {
         values
     }
 
-    fn run(&self, kernel: &'static str, grid: [usize; 3], block: u32, args: &[Arg]) {
+    pub(super) fn run(&self, kernel: &'static str, grid: [usize; 3], block: u32, args: &[Arg]) {
         self.run_shared(kernel, grid, block, 0, args);
     }
 
-    fn run_shared(
+    pub(super) fn run_shared(
         &self,
         kernel: &'static str,
         grid: [usize; 3],
@@ -101,7 +101,7 @@ impl Device {
 }
 
 /// Largest difference between numbers and what they should be; what is not a number is far off.
-fn worst(found: &[f32], expected: &[f64]) -> f64 {
+pub(super) fn worst(found: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len(), "as many numbers as expected");
     let differences = found.iter().zip(expected);
     differences
@@ -117,7 +117,7 @@ fn worst(found: &[f32], expected: &[f64]) -> f64 {
         })
 }
 
-fn wide(x: &[f32]) -> Vec<f64> {
+pub(super) fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| f64::from(*x)).collect()
 }
 
