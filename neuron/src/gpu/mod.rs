@@ -137,6 +137,9 @@ pub trait Driver: fmt::Debug + Send + Sync {
 
     /// Does recorded work.
     fn replay(&self, graph: Graph) -> Result<(), GpuError>;
+
+    /// Gives back what a recording holds.
+    fn forget(&self, graph: Graph);
 }
 
 /// A device, or a library for it, refused something.

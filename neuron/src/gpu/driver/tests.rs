@@ -272,11 +272,15 @@ fn recordings(device: &CudaDevice) {
         assert_eq!(floats(device, saved, 100), [sum; 100]);
         assert_eq!(floats(device, c, 1), [products]);
     }
-    let unknown = device.replay(Graph(7)).unwrap_err();
-    assert!(
-        matches!(unknown, GpuError::Call { code: 400, .. }),
-        "{unknown}"
-    );
+    device.replay(graph).unwrap();
+    device.forget(graph);
+    assert_eq!(floats(device, c, 1), [4200.0], "what was begun is done");
+    device.forget(Graph(7));
+    for gone in [graph, Graph(7)] {
+        let unknown = device.replay(gone).unwrap_err();
+        let wanted = matches!(unknown, GpuError::Call { code: 400, .. });
+        assert!(wanted, "{unknown}");
+    }
 }
 
 fn errors(device: &CudaDevice) {
