@@ -61,11 +61,11 @@ pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
 /// Every device that can hold a model, with its memory as it is now.
 #[must_use]
 pub fn inventory() -> Vec<DeviceInfo> {
-    let mut devices = Vec::new();
     #[cfg(feature = "cuda")]
-    devices.extend(cuda::inventory());
-    devices.push(cpu::describe());
-    devices
+    let others = cuda::inventory();
+    #[cfg(not(feature = "cuda"))]
+    let others = Vec::new();
+    others.into_iter().chain([cpu::describe()]).collect()
 }
 
 /// What there is of CUDA; none where this build cannot use it.

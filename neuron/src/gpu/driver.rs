@@ -32,7 +32,8 @@ const LOG: usize = 4096;
 /// once before: cuBLAS may load a kernel when it first needs it.
 pub struct CudaDevice {
     // Parts are dropped from the first to the last.
-    graphs: Mutex<Vec<Recorded>>,
+    /// Those that are forgotten leave their place.
+    graphs: Mutex<Vec<Option<Recorded>>>,
     blas: Mutex<Blas>,
     staging: Mutex<Staging>,
     taken: Mutex<HashMap<Address, Memory>>,
@@ -275,7 +276,7 @@ struct Recorded(sys::CUgraphExec);
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        // SAFETY: the handle is ours, and the work was waited for.
+        // SAFETY: the handle is ours; what still runs of it comes to its end first.
         let _ = unsafe { driver!(cuGraphExecDestroy(self.0)) };
     }
 }
@@ -760,18 +761,25 @@ impl Driver for CudaDevice {
         // SAFETY: as above.
         unsafe { driver!(cuGraphInstantiateWithFlags(&raw mut exec, recording.0, 0)) }?;
         let mut graphs = lock(&self.graphs);
-        graphs.push(Recorded(exec));
+        graphs.push(Some(Recorded(exec)));
         Ok(Graph(graphs.len() - 1))
     }
 
     fn replay(&self, graph: Graph) -> Result<(), GpuError> {
         self.make_current()?;
         let graphs = lock(&self.graphs);
-        let Some(recorded) = graphs.get(graph.0) else {
+        let Some(Some(recorded)) = graphs.get(graph.0) else {
             return check("cuGraphLaunch", sys::CUresult::CUDA_ERROR_INVALID_HANDLE);
         };
         // SAFETY: graph and stream are alive.
         unsafe { driver!(cuGraphLaunch(recorded.0, self.stream.0)) }
+    }
+
+    fn forget(&self, graph: Graph) {
+        let recorded = lock(&self.graphs).get_mut(graph.0).and_then(Option::take);
+        // The driver lets a graph that still runs come to its end.
+        let _ = self.make_current();
+        drop(recorded);
     }
 }
 

@@ -39,7 +39,10 @@ pub(crate) fn put<T: bytemuck::NoUninit>(device: &CudaDevice, values: &[T]) -> A
 #[test]
 fn a_host_without_a_driver_says_so() {
     match CudaDevice::open(0) {
-        Err(GpuError::NoLibrary { library, .. }) if library == "libcuda.so.1" => {
+        Err(GpuError::NoLibrary {
+            library: "libcuda.so.1",
+            ..
+        }) => {
             assert!(!driver_is_here());
         }
         _ => assert!(driver_is_here()),
@@ -264,7 +267,7 @@ fn recordings(device: &CudaDevice) {
     let graph = device.end_recording().unwrap();
     assert_eq!(floats(device, c, 1), [0.0], "nothing was done");
 
-    for (value, sum, products) in [(1.0, 2.0, 200.0), (3.0, 8.0, 2400.0)] {
+    for (value, sum, products) in [(1.0_f32, 2.0, 200.0), (3.0, 8.0, 2400.0)] {
         device
             .upload(from, bytemuck::cast_slice(&[value; 128]))
             .unwrap();
@@ -272,11 +275,15 @@ fn recordings(device: &CudaDevice) {
         assert_eq!(floats(device, saved, 100), [sum; 100]);
         assert_eq!(floats(device, c, 1), [products]);
     }
-    let unknown = device.replay(Graph(7)).unwrap_err();
-    assert!(
-        matches!(unknown, GpuError::Call { code: 400, .. }),
-        "{unknown}"
-    );
+    device.replay(graph).unwrap();
+    device.forget(graph);
+    assert_eq!(floats(device, c, 1), [4200.0], "what was begun is done");
+    device.forget(Graph(7));
+    for gone in [graph, Graph(7)] {
+        let unknown = device.replay(gone).unwrap_err();
+        let wanted = matches!(unknown, GpuError::Call { code: 400, .. });
+        assert!(wanted, "{unknown}");
+    }
 }
 
 fn errors(device: &CudaDevice) {
