@@ -88,6 +88,19 @@ struct Serving {
     ranks: usize,
 }
 
+impl Serving {
+    /// Where a saved state takes so many bytes.
+    fn bounds(&self, saved: u64) -> Bounds {
+        Bounds {
+            max_running: self.max_running,
+            prefill_tokens: self.prefill_tokens,
+            blocks: self.blocks.unwrap_or(10_000),
+            drafts: self.drafts,
+            snapshot_bytes: self.snapshots * saved,
+        }
+    }
+}
+
 /// Starts the model as `serving` says, runs `order` of the prompts one after another or all at once, and gives the answers
 /// in the order of the prompts: each token with its log probability.
 async fn answers(
@@ -138,13 +151,7 @@ fn start(model: Box<dyn CausalLm>, serving: &Serving, stretch: f64) -> Engine {
             max_prompt_tokens: 100_000,
         },
         stretch,
-        bounds: Bounds {
-            max_running: serving.max_running,
-            prefill_tokens: serving.prefill_tokens,
-            blocks: serving.blocks.unwrap_or(10_000),
-            drafts: serving.drafts,
-            snapshot_bytes: serving.snapshots * model.state_bytes(0),
-        },
+        bounds: serving.bounds(model.state_bytes(0)),
         stall_limit: Duration::from_secs(3600),
     };
     let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("test");
@@ -318,6 +325,72 @@ async fn an_answer_does_not_depend_on_the_number_of_ranks() {
                 assert_eq!(cached > 0, serving.snapshots > 0, "{what}");
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn bounds_that_change_all_the_time_change_no_answer() {
+    for (name, ranks, drafts) in [
+        ("qwen3_5_text", 1, 0),
+        ("qwen3_5_text", 2, 2),
+        ("qwen3_next_moe", 2, 0),
+        ("qwen3_next_dense", 1, 2),
+    ] {
+        let serving = |max_running, blocks, snapshots| Serving {
+            max_running,
+            prefill_tokens: 16,
+            blocks,
+            snapshots,
+            drafts,
+            ranks,
+        };
+        let alone = Serving {
+            drafts: 0,
+            ranks: 1,
+            ..serving(1, None, 0)
+        };
+        let (expected, _) = answers(name, &alone, &FORWARDS, false, 0.8).await;
+        let changes = [
+            serving(8, Some(40), 100),
+            serving(8, Some(12), 2), // one sequence has up to nine
+            serving(3, Some(60), 0),
+            serving(8, Some(25), 1),
+            serving(1, None, 5),
+        ];
+        let model = load(name, drafts > 0, ranks);
+        let (pool, saved) = (model.pool().clone(), model.state_bytes(0));
+        let engine = start(model, &serving(8, None, 100), f64::INFINITY);
+        let tokenizer = tokenizer();
+        let submit = |(index, prompt)| {
+            let sampling = sampling(0.8, index as u64);
+            let request = Request {
+                places: vec![40, 62],
+                ..request(&tokenizer, prompt, ANSWER, sampling)
+            };
+            engine.submit(request).unwrap()
+        };
+        let all: Vec<Events> = prompts(name).into_iter().enumerate().map(submit).collect();
+        let mut changes = changes.iter().cycle();
+        let mut found = Vec::new();
+        for mut events in all {
+            let mut tokens = Vec::new();
+            while let Some(event) = events.next().await {
+                match event {
+                    Event::Delta(Delta::Scored(scored)) => {
+                        tokens.push((scored.token, scored.logprob));
+                        let bounds = changes.next().expect("it repeats").bounds(saved);
+                        engine.set_bounds(bounds).recv().unwrap_err();
+                        assert!(pool.held() <= bounds.blocks, "{name}");
+                    }
+                    Event::Delta(_) => {}
+                    Event::End(end) => drop(end.unwrap()),
+                }
+            }
+            found.push(tokens);
+        }
+        engine.drain(Duration::from_secs(60)).await;
+        assert_equal(&found, &expected, &format!("{name} on {ranks} ranks"));
+        assert_eq!(pool.out(), 0, "{name}");
     }
 }
 

@@ -16,9 +16,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Share of the memory there is beside the weights that states may take: the rest is for activations and everything else
-/// on the host.
-const STATE_SHARE: f64 = 0.9;
+/// Of ten parts of the memory there is beside the weights, those that states may take: the rest is for activations and
+/// everything else on the host.
+const STATE_PARTS: u64 = 9;
 /// What is kept of ended sequences takes as much again as the running ones can, and no more.
 const KEPT: u64 = 2;
 /// Share of a model's budget that saved recurrent states may take; the rest is for keys and values.
@@ -66,7 +66,7 @@ impl Demand {
         Self {
             floor,
             most: most.min(limits.state_bytes.unwrap_or(u64::MAX)).max(floor),
-            fixed: model.state_bytes(0).max(1),
+            fixed: model.state_bytes(0),
             block: (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1),
             limits,
         }
@@ -77,8 +77,10 @@ impl Demand {
     fn bounds(&self, budget: u64) -> Bounds {
         let snapshots = (budget / SNAPSHOT_SHARE).min(budget - self.floor);
         let left = budget - snapshots;
-        let running = usize::try_from(1 + (left - self.floor) / self.fixed).unwrap_or(usize::MAX);
-        let running = running.min(self.limits.max_running);
+        let most = self.limits.max_running;
+        let further = (left - self.floor).checked_div(self.fixed);
+        let further = further.map_or(most, |count| usize::try_from(count).unwrap_or(most));
+        let running = further.saturating_add(1).min(most);
         let blocks = (left - running as u64 * self.fixed) / self.block;
         let kept = if self.limits.prefix_cache {
             snapshots
@@ -107,7 +109,7 @@ impl Budgets {
     /// their models must have. None when the system does not tell.
     pub(super) fn room_for_weights(&mut self) -> Option<u64> {
         let beside_weights = self.beside_weights()?;
-        let floors = (self.floors() as f64 / STATE_SHARE) as u64;
+        let floors = self.floors().div_ceil(STATE_PARTS).saturating_mul(10);
         Some(beside_weights.saturating_sub(floors))
     }
 
@@ -187,8 +189,7 @@ impl Budgets {
 
     /// Bytes that all budgets together may be.
     fn total(&mut self) -> u64 {
-        self.beside_weights()
-            .map_or(u64::MAX, |bytes| (bytes as f64 * STATE_SHARE) as u64)
+        self.beside_weights().map_or(u64::MAX, for_states)
     }
 
     /// What each model that serves can do with memory, in the order of the members.
@@ -242,6 +243,11 @@ impl Budgets {
             drop(engine.set_bounds(bounds));
         }
     }
+}
+
+/// What of the memory beside the weights is for states.
+fn for_states(beside_weights: u64) -> u64 {
+    beside_weights / 10 * STATE_PARTS
 }
 
 /// Shares `total` among demands of a floor and a most each: everybody has the floor, even where that is more than there is, and

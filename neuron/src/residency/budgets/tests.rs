@@ -98,6 +98,8 @@ fn bounds_take_no_more_than_the_budget_and_always_hold_one_whole_sequence() {
         assert!((1..=limits.max_running).contains(&bounds.max_running));
         assert!(bounds.blocks >= 4096 / BLOCK, "{budget}: {bounds:?}");
     }
+    let only_blocks = Demand::of(&FakeModel::new(Script::Hash), limits);
+    assert_eq!(only_blocks.bounds(only_blocks.floor).blocks, 4096 / BLOCK);
     let all = demand.bounds(most);
     assert_eq!(all.max_running, limits.max_running);
     assert_eq!(all.snapshot_bytes, most / SNAPSHOT_SHARE);
@@ -152,11 +154,6 @@ impl Memory {
         let held: u64 = engines.iter().map(Engine::held_bytes).sum();
         self.beside_weights() - held
     }
-}
-
-/// Bytes for states where so many are beside the weights.
-fn for_states(beside_weights: u64) -> u64 {
-    (beside_weights as f64 * STATE_SHARE) as u64
 }
 
 fn host(bytes: u64, state_bytes: Option<u64>) -> Host {
@@ -389,7 +386,7 @@ async fn what_a_model_keeps_of_the_past_makes_room_for_another() {
     let host = host(8000, None);
     host.load("a", 512).await;
     for round in 0..20 {
-        finished(host.submit("a", round * 20..round * 20 + 300)).await;
+        finished(host.submit("a", round * 10..round * 10 + 300)).await;
     }
     let engine = host.residency.get("a").unwrap().engine.clone();
     let held = engine.held_bytes();
