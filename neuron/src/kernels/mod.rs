@@ -245,9 +245,9 @@ mod tests {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "cuda"))]
 pub(crate) mod testing {
-    //! Numbers for tests.
+    //! Numbers for tests, and for the checks of a device.
 
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};

@@ -4,6 +4,8 @@
 //! Sums are f32; rows between operations are f32. Weights are in any [`Format`](crate::quant::Format), keys and values in
 //! bf16 or f32.
 
+#[cfg(any(test, feature = "cuda"))]
+pub(crate) mod checks;
 pub(crate) mod graphs;
 pub(crate) mod matrix;
 pub(crate) mod ops;
@@ -18,9 +20,11 @@ use crate::gpu::{Arg, Gpu, GpuError, Launch};
 
 /// Every module: its name and its PTX.
 pub const MODULES: &[(&str, &str)] = &[
+    ("attention", include_str!("attention.ptx")),
     ("conv", include_str!("conv.ptx")),
     ("delta_chunk", include_str!("delta_chunk.ptx")),
     ("delta_rule", include_str!("delta_rule.ptx")),
+    ("matrix", include_str!("matrix.ptx")),
     ("misc", include_str!("misc.ptx")),
     ("norm", include_str!("norm.ptx")),
 ];
@@ -69,9 +73,5 @@ fn long(value: usize) -> Arg {
     Arg::Long(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
-#[cfg(test)]
-mod attention_tests;
-#[cfg(test)]
-mod matrix_tests;
 #[cfg(test)]
 mod tests;

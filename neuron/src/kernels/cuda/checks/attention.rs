@@ -1,8 +1,8 @@
 //! Full attention over blocks of keys and values against sums in f64.
 
-use super::super::testing::numbers;
-use super::tests::{Device, wide, worst};
+use super::{Device, wide, worst};
 use crate::gpu::{Address, Arg};
+use crate::kernels::testing::numbers;
 use half::bf16;
 
 const TOKENS: usize = 16;
@@ -251,8 +251,7 @@ fn attend(device: &Device, shape: Shape, segments: &[(usize, usize)]) {
     );
 }
 
-fn every_dim(bf16: bool) {
-    let Some(device) = Device::here() else { return };
+fn every_dim(device: &Device, bf16: bool) {
     // lone rows at the start of a block and at its end, rows that cross blocks, whole blocks, more rows than a tile
     let segments = [(0, 1), (15, 1), (37, 19), (16, 16), (0, 33)];
     for (dim, kv_heads, group, split) in [
@@ -278,7 +277,7 @@ fn every_dim(bf16: bool) {
             group,
             split,
         };
-        attend(&device, shape, &segments);
+        attend(device, shape, &segments);
     }
     let shape = Shape {
         bf16,
@@ -287,19 +286,17 @@ fn every_dim(bf16: bool) {
         group: 2,
         split: 128,
     };
-    attend(&device, shape, &[(100, 3), (0, 70), (250, 2)]);
+    attend(device, shape, &[(100, 3), (0, 70), (250, 2)]);
     // every split of the same 35 tokens into what was there and what comes
     for before in 0..35 {
-        attend(&device, shape, &[(before, 35 - before)]);
+        attend(device, shape, &[(before, 35 - before)]);
     }
 }
 
-#[test]
-fn attention_over_f32() {
-    every_dim(false);
+pub(super) fn attention_over_f32(device: &Device) {
+    every_dim(device, false);
 }
 
-#[test]
-fn attention_over_bf16() {
-    every_dim(true);
+pub(super) fn attention_over_bf16(device: &Device) {
+    every_dim(device, true);
 }

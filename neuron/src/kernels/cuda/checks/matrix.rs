@@ -1,8 +1,8 @@
 //! Kernels over matrices of weights, in every format, against products in f64.
 
-use super::super::testing::numbers;
-use super::tests::{Device, worst};
+use super::{Device, worst};
 use crate::gpu::Arg;
+use crate::kernels::testing::numbers;
 use crate::quant::Unit;
 use crate::quant::k_quants::{Q4K, Q5K, Q6K};
 use half::{bf16, f16};
@@ -117,9 +117,7 @@ fn named(kind: &str, format: &str, rows: &str) -> &'static str {
     format!("{kind}_{format}{rows}").leak()
 }
 
-#[test]
-fn products_with_few_rows() {
-    let Some(device) = Device::here() else { return };
+pub(super) fn products_with_few_rows(device: &Device) {
     for (format, widths) in FORMATS {
         for &k in *widths {
             for n in [4, 36, 133] {
@@ -158,9 +156,7 @@ fn products_with_few_rows() {
     }
 }
 
-#[test]
-fn rows_of_a_part_of_the_vocabulary() {
-    let Some(device) = Device::here() else { return };
+pub(super) fn rows_of_a_part_of_the_vocabulary(device: &Device) {
     const FIRST: usize = 3;
     for (format, widths) in FORMATS {
         for &k in *widths {
@@ -201,9 +197,7 @@ fn assert_rounded(found: &[bf16], numbers: &[f32], what: &str) {
     }
 }
 
-#[test]
-fn whole_matrices_and_rows_as_bf16() {
-    let Some(device) = Device::here() else { return };
+pub(super) fn whole_matrices_and_rows_as_bf16(device: &Device) {
     for (format, widths) in FORMATS.iter().skip(2) {
         for &k in *widths {
             let n = 8;
