@@ -2,6 +2,7 @@
 
 use crate::api::{ApiMetrics, ApiState, Running, router};
 use crate::config::Config;
+use crate::devices;
 use crate::residency::Residency;
 use axum::serve::ListenerExt;
 use prometheus::Registry;
@@ -50,6 +51,8 @@ pub async fn serve(
     exit_with_stdin: bool,
 ) -> Result<(), AppError> {
     let registry = Registry::new();
+    devices::register(&registry);
+    devices::log();
     let residency = Residency::new(&config, &registry);
     let stop = stop_signal(exit_with_stdin)?;
     let listener = TcpListener::bind(config.listen)

@@ -21,6 +21,93 @@ pub struct NodeInfo {
     /// What this build and host can do: `cpu`, `cuda`, …
     #[serde(default)]
     pub features: Vec<String>,
+    /// What there is of CUDA; absent where the build cannot use it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cuda: Option<CudaInfo>,
+}
+
+/// What a build that can use CUDA finds on its host. The word `cuda` is among the [features](NodeInfo::features) where
+/// models can be put on a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CudaInfo {
+    /// The version of CUDA that the driver speaks, as `13.0`; absent without a driver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// The driver's own version, as `580.65.06`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// Every device, as it is used at this moment.
+    #[serde(default)]
+    pub devices: Vec<CudaUse>,
+    /// What is amiss.
+    #[serde(default)]
+    pub faults: Vec<CudaFault>,
+}
+
+/// How a CUDA device is used, by all processes of its host. What is unknown is absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CudaUse {
+    /// The [`DeviceInfo::id`].
+    pub id: String,
+    /// Share of the last moments in which a kernel ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub utilization_percent: Option<u32>,
+    /// How hot it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_celsius: Option<u32>,
+    /// Bytes of its memory that are taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_bytes: Option<u64>,
+    /// Processes that compute on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<u32>,
+}
+
+/// Something that keeps CUDA devices from being used, or from being watched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CudaFault {
+    /// What it is.
+    pub kind: CudaFaultKind,
+    /// What the host says of it.
+    #[serde(default)]
+    pub reason: String,
+}
+
+/// Kinds of [`CudaFault`]s.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CudaFaultKind {
+    /// The host has no driver.
+    NoDriver,
+    /// The driver does not read the kernels of this build.
+    OldDriver,
+    /// Parts of the driver are of different versions, as after an update without a restart.
+    DriverMismatch,
+    /// The driver knows no device.
+    NoDevice,
+    /// A library that models need is missing.
+    NoLibrary,
+    /// Devices cannot be watched; they can be used.
+    NoMonitoring,
+    /// The driver refuses something else.
+    #[serde(other)]
+    Refused,
+}
+
+impl CudaFaultKind {
+    /// The word used on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoDriver => "no_driver",
+            Self::OldDriver => "old_driver",
+            Self::DriverMismatch => "driver_mismatch",
+            Self::NoDevice => "no_device",
+            Self::NoLibrary => "no_library",
+            Self::NoMonitoring => "no_monitoring",
+            Self::Refused => "refused",
+        }
+    }
 }
 
 /// One device that can hold a model.

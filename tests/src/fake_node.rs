@@ -316,6 +316,7 @@ async fn discovery(State((shared, _)): State<Node>) -> Response {
             many_ranks: true,
         }],
         features: vec!["cpu".into()],
+        cuda: None,
     };
     axum::Json(info).into_response()
 }

@@ -145,14 +145,14 @@ fn what_must_be_absent_is_absent() {
         naming("neuron/src/api", &["candle"], &[]),
     );
     assert_absent(
-        "unsafe is only in kernels, the NCCL communicator and the mapping of weights",
+        "unsafe is only in kernels, what calls CUDA's libraries and the mapping of weights",
         ["protocol/src", "filters/src", "proxy/src", "neuron/src"]
             .iter()
             .flat_map(|folder| {
                 naming(
                     folder,
                     &["unsafe "],
-                    &["/kernels/", "/parallel/nccl.rs", "/weights/"],
+                    &["/gpu/", "/kernels/", "/parallel/nccl.rs", "/weights/"],
                 )
             })
             .collect(),

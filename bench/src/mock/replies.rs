@@ -247,6 +247,7 @@ fn node_info() -> NodeInfo {
             many_ranks: false,
         }],
         features: vec!["cpu".into()],
+        cuda: None,
     }
 }
 

@@ -19,6 +19,7 @@ pub(super) async fn discovery(State(state): State<Arc<ApiState>>) -> Json<NodeIn
         version: env!("CARGO_PKG_VERSION").into(),
         devices: devices::inventory(),
         features: devices::features(),
+        cuda: devices::cuda(),
     })
 }
 

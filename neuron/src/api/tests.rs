@@ -8,7 +8,7 @@ use crate::text::tokenizer::tests::{fixture, tiny};
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, StatusCode, header};
 use futures::StreamExt;
-use protocol::node::{LoadModel, ModelState};
+use protocol::node::{LoadModel, ModelState, NodeInfo};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
     let once = Mutex::new(Some(model));
     let loader: Box<Loader> =
         Box::new(move |_, _, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
-    let residency = Residency::with_loader(&config, &registry, loader);
+    let residency = Residency::with_loader(&config, &registry, loader, Box::new(|| None));
     let wanted = LoadModel {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),
@@ -946,6 +946,15 @@ async fn models_are_listed_by_ids_with_slashes() {
         node.contains("\"host\":\"host\"") && node.contains("\"id\":\"cpu\""),
         "{node}"
     );
+    // What keeps CUDA from being used is told by a word; a build without it has nothing to tell.
+    let node: NodeInfo = serde_json::from_str(&node).unwrap();
+    assert_eq!(node.cuda.is_some(), cfg!(feature = "cuda"));
+    let usable = node.features.iter().any(|feature| feature == "cuda");
+    let amiss = node
+        .cuda
+        .as_ref()
+        .is_some_and(|cuda| !cuda.faults.is_empty());
+    assert!(node.cuda.is_none() || usable || amiss, "{node:?}");
 }
 
 #[tokio::test]

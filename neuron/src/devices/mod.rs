@@ -1,9 +1,16 @@
 //! What this host can put a model on.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod metrics;
 
+pub use metrics::register;
+
+use crate::gpu::{Gpu, GpuError};
+use crate::kernels::rows::Place;
 use candle_core::Device;
-use protocol::node::DeviceInfo;
+use protocol::node::{CudaInfo, DeviceInfo};
 
 /// The device models are loaded on.
 #[must_use]
@@ -11,10 +18,78 @@ pub fn default_device() -> Device {
     Device::Cpu
 }
 
+/// Where a model is that is to be on the device `id`: the places of its ranks, which on CUDA devices get one each, from
+/// this one on.
+///
+/// # Errors
+/// When there is no such device.
+pub fn places(id: &str, ranks: usize) -> Result<Vec<Place>, GpuError> {
+    if id == "cpu" {
+        return Ok(vec![Place::Cpu]);
+    }
+    let first = ordinal(id)?;
+    let ids = (first..first + ranks).map(|ordinal| format!("cuda:{ordinal}"));
+    ids.map(|id| open_gpu(&id).map(Place::Gpu)).collect()
+}
+
+/// The number of the CUDA device `id`.
+fn ordinal(id: &str) -> Result<usize, GpuError> {
+    let number = id
+        .strip_prefix("cuda:")
+        .and_then(|number| number.parse().ok());
+    number.ok_or_else(|| GpuError::Name(id.into()))
+}
+
+/// Opens the CUDA device `id`. Each that is opened has a stream of work of its own.
+///
+/// # Errors
+/// When there is no such device, or what it needs is missing.
+pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
+    let ordinal = ordinal(id)?;
+    #[cfg(feature = "cuda")]
+    return Ok(Gpu::new(
+        id,
+        Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
+    ));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = ordinal;
+        Err(GpuError::NotBuilt)
+    }
+}
+
 /// Every device that can hold a model, with its memory as it is now.
 #[must_use]
 pub fn inventory() -> Vec<DeviceInfo> {
-    vec![cpu::describe()]
+    let mut devices = Vec::new();
+    #[cfg(feature = "cuda")]
+    devices.extend(cuda::inventory());
+    devices.push(cpu::describe());
+    devices
+}
+
+/// What there is of CUDA; none where this build cannot use it.
+#[must_use]
+pub fn cuda() -> Option<CudaInfo> {
+    #[cfg(feature = "cuda")]
+    return Some(cuda::info());
+    #[cfg(not(feature = "cuda"))]
+    None
+}
+
+/// Says in the log what CUDA devices there are, and what keeps them from being used.
+pub fn log() {
+    let Some(cuda) = cuda() else { return };
+    for fault in &cuda.faults {
+        tracing::warn!(kind = fault.kind.as_str(), reason = fault.reason, "CUDA");
+    }
+    let devices = cuda.devices.len();
+    tracing::info!(
+        devices,
+        version = cuda.version,
+        driver = cuda.driver,
+        "CUDA"
+    );
 }
 
 /// Bytes free on `device` now; none when the system does not tell.
@@ -39,7 +114,10 @@ pub fn id_of(device: &Device) -> String {
 #[must_use]
 pub fn features() -> Vec<String> {
     let mut features = vec!["cpu".to_owned()];
-    if candle_core::utils::cuda_is_available() {
+    if inventory()
+        .iter()
+        .any(|device| device.id.starts_with("cuda:"))
+    {
         features.push("cuda".to_owned());
     }
     features

@@ -1,6 +1,6 @@
 //! A device that is this CPU: the sources of the kernels, compiled by g++ with `kernels/cuda/emulator.h`.
 
-use super::{Address, Arg, DeviceMemory, Driver, Factor, GpuError, Graph, Launch, Product};
+use super::{Address, Arg, DeviceMemory, Driver, Factor, Gpu, GpuError, Graph, Launch, Product};
 use half::bf16;
 use libloading::Library;
 use std::alloc::Layout;
@@ -26,6 +26,11 @@ pub(crate) fn emulated() -> Option<Arc<dyn Driver>> {
             None
         }
     }
+}
+
+/// As [`emulated`], with a workspace.
+pub(crate) fn emulated_gpu() -> Option<Gpu> {
+    emulated().map(|driver| Gpu::new("cuda:0", driver))
 }
 
 /// Memory that nobody wrote to: as f32 or bf16 not a number.
@@ -239,6 +244,10 @@ impl Driver for Emulated {
             self.work(&state, work);
         }
         Ok(())
+    }
+
+    fn forget(&self, graph: Graph) {
+        self.state().graphs[graph.0].clear();
     }
 }
 

@@ -8,6 +8,20 @@ pub(crate) mod emulated;
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "cuda")]
+mod library;
+mod memory;
+mod peaks;
+#[cfg(feature = "cuda")]
+mod staging;
+
+#[cfg(feature = "cuda")]
+pub use driver::CudaDevice;
+pub use memory::{Buffer, Gpu, Scratch};
+pub use peaks::Peaks;
+
 /// A place in the memory of a device.
 pub type Address = u64;
 
@@ -130,6 +144,9 @@ pub trait Driver: fmt::Debug + Send + Sync {
 
     /// Does recorded work.
     fn replay(&self, graph: Graph) -> Result<(), GpuError>;
+
+    /// Gives back what a recording holds.
+    fn forget(&self, graph: Graph);
 }
 
 /// A device, or a library for it, refused something.
@@ -143,9 +160,23 @@ pub enum GpuError {
         /// What the system says.
         reason: String,
     },
+    /// The driver is of a version that does not read our kernels.
+    #[error("the driver speaks version {found} of CUDA, and {needed} is needed")]
+    OldDriver {
+        /// What it speaks, as it counts: 12040 is 12.4.
+        found: i32,
+        /// What is needed.
+        needed: i32,
+    },
     /// There is no such device.
     #[error("there is no CUDA device {0}")]
     NoDevice(usize),
+    /// No device is called so.
+    #[error("`{0}` names no device; write `cpu`, or a CUDA device as `cuda:0`")]
+    Name(String),
+    /// The program was built without CUDA.
+    #[error("this neuron was built without CUDA; build it with `--features cuda` (docs/cuda.md)")]
+    NotBuilt,
     /// It has no memory left.
     #[error("the device has no room for {bytes} bytes")]
     OutOfMemory {
@@ -165,6 +196,9 @@ pub enum GpuError {
     /// A kernel that is asked for is not there.
     #[error("there is no kernel `{0}`")]
     NoKernel(String),
+    /// A kernel is given other values than it has parameters for.
+    #[error("kernel `{0}` does not take these arguments")]
+    Arguments(String),
     /// The model has sizes that no kernel is made for.
     #[error("no kernel is made for {what} of {found}, only for {made_for}")]
     Size {

@@ -170,6 +170,7 @@ async fn foreign(
         version: "openai".into(),
         devices: Vec::new(),
         features: Vec::new(),
+        cuda: None,
     };
     let models = ids.into_iter().map(loaded).collect();
     Ok((info, NodeModels { models }))

@@ -115,7 +115,7 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
   float* trail = nullptr;
   if (trails[segment])
     trail = reinterpret_cast<float*>(trails[segment]) + trail_offset + shape.tail + (long long)rows * shape.channels +
-            head * (long long)(rows - 1) * size + place;
+            head * size + place;
   const bool whole = left >= 4 && shape.value_dim % 4 == 0 && on_boundary(state) && (!trail || on_boundary(trail));
 
   float s[KEYS][4];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
     out += (long long)shape.value_heads * shape.value_dim;
     if (trail && t + 1 < rows) {
       store_state<KEYS>(trail, s, shape.value_dim, left, whole);
-      trail += size;
+      trail += shape.value_heads * size;
     }
   }
   store_state<KEYS>(state, s, shape.value_dim, left, whole);

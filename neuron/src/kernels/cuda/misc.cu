@@ -19,6 +19,17 @@ extern "C" __global__ void gather_rows(const float* __restrict__ x, const int* _
 }
 KERNEL(gather_rows)
 
+// Each row of both is a row of x and then that of y. A block a row.
+extern "C" __global__ void side_by_side(const float* __restrict__ x, const float* __restrict__ y,
+                                        float* __restrict__ both, int x_width, int y_width) {
+  x += (long long)blockIdx.x * x_width;
+  y += (long long)blockIdx.x * y_width;
+  both += (long long)blockIdx.x * (x_width + y_width);
+  for (int at = threadIdx.x; at < x_width; at += blockDim.x) both[at] = x[at];
+  for (int at = threadIdx.x; at < y_width; at += blockDim.x) both[x_width + at] = y[at];
+}
+KERNEL(side_by_side)
+
 // Row index[r] of sum += weights[r] * row r of x; no index comes twice. A block a row of x.
 extern "C" __global__ void scatter_add(float* __restrict__ sum, const float* __restrict__ x,
                                        const int* __restrict__ index, const float* __restrict__ weights, int width) {

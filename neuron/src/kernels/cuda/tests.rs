@@ -580,19 +580,6 @@ impl Layer {
     }
 }
 
-/// `(value heads, rows, size)` of a state after each row.
-fn by_head(states: &[Vec<f64>], heads: usize) -> Vec<f64> {
-    let size = states.first().map_or(0, |state| state.len() / heads);
-    (0..heads)
-        .flat_map(|h| {
-            states
-                .iter()
-                .flat_map(move |state| &state[h * size..][..size])
-        })
-        .copied()
-        .collect()
-}
-
 #[test]
 fn the_delta_rule_goes_on_over_every_split_of_the_rows() {
     let Some(device) = Device::here() else { return };
@@ -672,7 +659,7 @@ fn the_delta_rule_goes_on_over_every_split_of_the_rows() {
                         let kept = (rows[s] - 1) * size;
                         let at = offset + before(rows[s]);
                         let found: Vec<f32> = device.get(slots[s].trail, at + kept);
-                        let states = by_head(&states[done[s]..][..rows[s] - 1], value);
+                        let states = states[done[s]..][..rows[s] - 1].concat();
                         let found = worst(&found[at..], &states);
                         assert!(found < 1e-5, "{heads:?}, pieces of {piece}, trail: {found}");
                     }
