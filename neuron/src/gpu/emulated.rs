@@ -413,7 +413,7 @@ impl Kernels {
             && (1..1 << 16).contains(&y)
             && (1..1 << 16).contains(&z)
             && (32..=1024).contains(&block)
-            && block % 32 == 0
+            && block.is_multiple_of(32)
             && shared <= MOST_SHARED;
         if !fits {
             return Err(refused(
@@ -536,4 +536,129 @@ fn compile(source: &Path, sources: &Path, target: &Path) -> (Child, PathBuf) {
         .arg(&object)
         .spawn();
     (compiler.expect("g++ was there"), object)
+}
+
+mod tests {
+    use super::*;
+
+    fn put(device: &dyn Driver, values: &[f32]) -> Address {
+        let bytes = bytemuck::cast_slice(values);
+        let address = device.allocate(bytes.len()).expect("there is room");
+        device.upload(address, bytes).expect("it was allocated");
+        address
+    }
+
+    fn get(device: &dyn Driver, from: Address, count: usize) -> Vec<f32> {
+        let mut values = vec![0.0; count];
+        device
+            .download(from, bytemuck::cast_slice_mut(&mut values))
+            .expect("it was allocated");
+        values
+    }
+
+    fn add<'a>(args: &'a [Arg]) -> Launch<'a> {
+        Launch {
+            kernel: "add",
+            grid: [1, 1, 1],
+            block: 32,
+            shared: 0,
+            args,
+        }
+    }
+
+    #[test]
+    fn recorded_work_is_done_when_it_is_replayed() {
+        let Some(device) = emulated() else { return };
+        let device = &*device;
+        let [sum, x, copied] = [[1.0, 2.0], [10.0, 20.0], [0.0; 2]].map(|two| put(device, &two));
+        let args = [Arg::Address(sum), Arg::Address(x), Arg::Long(2)];
+        device.begin_recording().expect("nothing is recorded yet");
+        device.launch(&add(&args)).expect("it fits");
+        device.copy(copied, sum, 8).expect("it fits");
+        device.zero(x, 4).expect("it fits");
+        assert!(device.upload(x, &[0; 8]).is_err());
+        assert!(device.download(x, &mut [0; 8]).is_err());
+        assert!(device.begin_recording().is_err());
+        let graph = device.end_recording().expect("it was begun");
+        assert_eq!(get(device, sum, 2), [1.0, 2.0]);
+        device.replay(graph).expect("it was recorded");
+        assert_eq!(get(device, copied, 2), [11.0, 22.0]);
+        assert_eq!(get(device, x, 2), [0.0, 20.0]);
+        device.replay(graph).expect("it was recorded");
+        assert_eq!(get(device, copied, 2), [11.0, 42.0]);
+        assert!(device.end_recording().is_err());
+    }
+
+    #[test]
+    fn launches_are_held_to_what_the_kernel_takes() {
+        let Some(device) = emulated() else { return };
+        let x = put(&*device, &[1.0]);
+        let right = [Arg::Address(x), Arg::Address(x), Arg::Long(0)];
+        assert_eq!(device.launch(&add(&right)), Ok(()));
+        let refused = |launch: Launch<'_>| device.launch(&launch).expect_err("it does not fit");
+        refused(add(&right[..2]));
+        refused(add(&[right[0], right[1], Arg::Int(0)]));
+        let block = 48;
+        refused(Launch {
+            block,
+            ..add(&right)
+        });
+        let kernel = "ad";
+        let unknown = refused(Launch {
+            kernel,
+            ..add(&right)
+        });
+        assert_eq!(unknown, GpuError::NoKernel("ad".into()));
+    }
+
+    #[test]
+    fn products_are_of_f32_or_bf16() {
+        let Some(device) = emulated() else { return };
+        let device = &*device;
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 0.5, -1.0]);
+        let narrow = |values: &[f32]| {
+            let narrow: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            let bytes = bytemuck::cast_slice(&narrow);
+            let address = device.allocate(bytes.len()).expect("there is room");
+            device.upload(address, bytes).expect("it was allocated");
+            address
+        };
+        let factors = [
+            (Factor::F32, put(device, &a), put(device, &b)),
+            (Factor::Bf16, narrow(&a), narrow(&b)),
+        ];
+        for (factor, a, b) in factors {
+            let c = device.allocate(8).expect("there is room");
+            let (m, n, k) = (2, 1, 3);
+            let product = Product {
+                factor,
+                a,
+                b,
+                c,
+                m,
+                n,
+                k,
+            };
+            device.multiply(&product).expect("all was allocated");
+            assert_eq!(get(device, c, 2), [-1.0, 0.5]);
+        }
+    }
+
+    #[test]
+    #[should_panic = "wrote behind"]
+    fn a_write_behind_an_allocation_shows() {
+        let device = emulated().expect("wrote behind: cannot be tried without g++");
+        let device = &*device;
+        let [x, y] = [put(device, &[1.0, 2.0]), put(device, &[0.0])];
+        let first = put(device, &[0.0]); // the bits of 0
+        let args = [x, first, y].map(Arg::Address);
+        let args = [&args[..], &[Arg::Int(2)]].concat();
+        let kernel = "gather_rows";
+        let launch = Launch {
+            kernel,
+            ..add(&args)
+        };
+        device.launch(&launch).expect("it takes these");
+        device.release(y);
+    }
 }

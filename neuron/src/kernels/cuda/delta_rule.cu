@@ -62,6 +62,28 @@ struct Row {
   }
 };
 
+// The lane's part of a state, with one question for all of it so that the loads are under way together.
+template <int KEYS>
+__device__ __forceinline__ void load_state(float s[KEYS][4], const float* state, int value_dim, int left, bool whole) {
+  if (whole) {
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) load_columns(s[i], state + (long long)i * value_dim, left, true);
+  } else {
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) load_columns(s[i], state + (long long)i * value_dim, left, false);
+  }
+}
+template <int KEYS>
+__device__ __forceinline__ void store_state(float* state, const float s[KEYS][4], int value_dim, int left, bool whole) {
+  if (whole) {
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) store_columns(state + (long long)i * value_dim, s[i], left, true);
+  } else {
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) store_columns(state + (long long)i * value_dim, s[i], left, false);
+  }
+}
+
 // Sums over the lanes that have the same columns.
 __device__ __forceinline__ void over_slices(float sums[4]) {
 #pragma unroll
@@ -97,8 +119,7 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
   const bool whole = left >= 4 && shape.value_dim % 4 == 0 && on_boundary(state) && (!trail || on_boundary(trail));
 
   float s[KEYS][4];
-#pragma unroll
-  for (int i = 0; i < KEYS; ++i) load_columns(s[i], state + (long long)i * shape.value_dim, left, whole);
+  load_state<KEYS>(s, state, shape.value_dim, left, whole);
 
   qkv += (long long)start * shape.channels;
   const float* query_at = qkv + key_head * KEY_DIM + slice * KEYS;
@@ -151,13 +172,11 @@ __device__ __forceinline__ void scan(const float* __restrict__ qkv, const float*
     if (slice == 0) store_columns(out, read, left, left >= 4 && shape.value_dim % 4 == 0 && on_boundary(out));
     out += (long long)shape.value_heads * shape.value_dim;
     if (trail && t + 1 < rows) {
-#pragma unroll
-      for (int i = 0; i < KEYS; ++i) store_columns(trail + (long long)i * shape.value_dim, s[i], left, whole);
+      store_state<KEYS>(trail, s, shape.value_dim, left, whole);
       trail += size;
     }
   }
-#pragma unroll
-  for (int i = 0; i < KEYS; ++i) store_columns(state + (long long)i * shape.value_dim, s[i], left, whole);
+  store_state<KEYS>(state, s, shape.value_dim, left, whole);
 }
 
 // Grid (ceil(value_dim / 32), value_heads, segments), 128 threads. `qkv` is (T, channels) after the convolution and the

@@ -3,8 +3,11 @@
 
 /// Every module: its name and its PTX.
 pub const MODULES: &[(&str, &str)] = &[
+    ("attention", include_str!("attention.ptx")),
     ("conv", include_str!("conv.ptx")),
+    ("delta_chunk", include_str!("delta_chunk.ptx")),
     ("delta_rule", include_str!("delta_rule.ptx")),
+    ("matrix", include_str!("matrix.ptx")),
     ("misc", include_str!("misc.ptx")),
     ("norm", include_str!("norm.ptx")),
 ];

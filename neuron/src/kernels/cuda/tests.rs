@@ -1,9 +1,51 @@
 //! Every kernel against a plain reference in f64, on the emulator.
 
 use super::super::testing::numbers;
+use super::MODULES;
 use crate::gpu::emulated::emulated;
 use crate::gpu::{Address, Arg, Driver, Launch};
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
+
+#[test]
+fn each_source_has_a_module_made_of_it() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/cuda");
+    let read = |name: &str| fs::read(folder.join(name)).expect("it is there");
+    let mut sources: Vec<String> = fs::read_dir(&folder)
+        .expect("it is there")
+        .map(|entry| entry.expect("it is read").file_name())
+        .filter_map(|name| Some(name.to_str()?.strip_suffix(".cu")?.to_owned()))
+        .collect();
+    sources.sort();
+    let modules: Vec<&str> = MODULES.iter().map(|(name, _)| *name).collect();
+    assert_eq!(modules, sources);
+    for (name, ptx) in MODULES {
+        let source = [read("common.cuh"), read(&format!("{name}.cu"))].concat();
+        let sum = format!("{} {}", cksum(&source), source.len());
+        let line = ptx.lines().next().unwrap_or_default();
+        assert!(
+            line.ends_with(&format!(": {sum}")),
+            "{name}.cu was changed since its PTX was made: run make-ptx"
+        );
+    }
+}
+
+/// The checksum of POSIX's `cksum`.
+fn cksum(bytes: &[u8]) -> u32 {
+    let length = bytes.len().to_le_bytes();
+    let length = &length[..length
+        .iter()
+        .rposition(|byte| *byte > 0)
+        .map_or(0, |at| at + 1)];
+    let sum = bytes.iter().chain(length).fold(0, |sum: u32, byte| {
+        (0..8).fold(sum ^ u32::from(*byte) << 24, |sum, _| {
+            let over = sum >> 31;
+            (sum << 1) ^ (over * 0x04c1_1db7)
+        })
+    });
+    !sum
+}
 
 /// A device, and short words for what tests do with it.
 pub(super) struct Device(Arc<dyn Driver>);
@@ -35,12 +77,23 @@ impl Device {
     }
 
     pub(super) fn run(&self, kernel: &'static str, grid: [usize; 3], block: u32, args: &[Arg]) {
+        self.run_shared(kernel, grid, block, 0, args);
+    }
+
+    fn run_shared(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: u32,
+        shared: u32,
+        args: &[Arg],
+    ) {
         self.0
             .launch(&Launch {
                 kernel,
                 grid: grid.map(|blocks| blocks as u32),
                 block,
-                shared: 0,
+                shared,
                 args,
             })
             .expect("the kernel takes this");
@@ -633,6 +686,117 @@ fn the_delta_rule_goes_on_over_every_split_of_the_rows() {
                 let found = worst(&device.get(out, total * value * value_dim), &read);
                 assert!(found < 1e-5, "{heads:?}, pieces of {piece}: {found}");
             }
+        }
+    }
+}
+
+#[test]
+fn chunks_of_the_delta_rule_meet_its_scan() {
+    let Some(device) = Device::here() else { return };
+    const TAIL: usize = 12;
+    const OFFSET: usize = 4;
+    const CHUNK: usize = 64;
+    const RECORD: usize = 147_712;
+    const MOST: f64 = 2e-5;
+    let layer = Layer {
+        // one head that forgets within some rows, one within hundreds
+        rate: vec![0.4, 0.004],
+        dt_bias: vec![-0.5, 0.3],
+        heads: Heads {
+            key: 1,
+            value: 2,
+            key_dim: 128,
+            value_dim: 128,
+        },
+    };
+    let (heads, size) = (layer.heads, layer.heads.state());
+    let lengths = [147, 64, 1, 79];
+    let mut sequences: Vec<Rows> = (0..4)
+        .map(|s| layer.rows(10 * s + 30, lengths[s as usize]))
+        .collect();
+    // keys that are much alike, as those of a model are
+    for row in sequences[0].qkv.chunks_exact_mut(heads.channels()) {
+        row[128..256].iter_mut().for_each(|x| *x += 0.1);
+        let length = row[128..256].iter().map(|x| x * x).sum::<f32>().sqrt();
+        row[128..256].iter_mut().for_each(|x| *x /= length);
+    }
+    let initial: Vec<Vec<f32>> = (0..4).map(|s| numbers(70 + s, size)).collect();
+    let expected: Vec<(Vec<f64>, Vec<Vec<f64>>)> = sequences
+        .iter()
+        .zip(&initial)
+        .map(|(rows, state)| layer.scan(rows, &mut wide(state)))
+        .collect();
+    let [rates, biases] = [&layer.rate, &layer.dt_bias].map(|values| device.put(values));
+    let scale = |x: &[f64]| x.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+    for (piece, block) in [(147, 128), (64, 256), (50, 256), (97, 128)] {
+        let slots: Vec<Sequence> = initial
+            .iter()
+            .map(|state| Sequence {
+                slot: device.put(&[&[5.0; OFFSET + TAIL], &state[..], &[6.0]].concat()),
+                trail: 0,
+            })
+            .collect();
+        let mut done = [0; 4];
+        while done != lengths {
+            let rows: Vec<usize> = (0..4).map(|s| piece.min(lengths[s] - done[s])).collect();
+            let total: usize = rows.iter().sum();
+            let part = |of: fn(&Rows) -> &Vec<f32>, width| {
+                let whole: Vec<Vec<f32>> = sequences.iter().map(|rows| of(rows).clone()).collect();
+                device.put(&of_step(&whole, width, &done, &rows))
+            };
+            let [addresses, starts, _] = tables(&device, &slots, &rows);
+            let records = heads.value * (total / CHUNK + 4);
+            let scratch = device.room(records * RECORD / 4);
+            let out = device.room(total * heads.value * 128);
+            device.run_shared(
+                "delta_chunk_prepare_128",
+                [piece.div_ceil(CHUNK), heads.value, 4],
+                128,
+                87_808,
+                &[
+                    Arg::Address(part(|rows| &rows.qkv, heads.channels())),
+                    Arg::Address(part(|rows| &rows.b, heads.value)),
+                    Arg::Address(part(|rows| &rows.a, heads.value)),
+                    Arg::Address(rates),
+                    Arg::Address(biases),
+                    Arg::Address(starts),
+                    Arg::Address(scratch),
+                    Arg::Int(heads.channels() as i32),
+                    Arg::Int(heads.key as i32),
+                    Arg::Int(heads.value as i32),
+                ],
+            );
+            device.run_shared(
+                "delta_chunk_scan_128",
+                [512 / block as usize, heads.value, 4],
+                block,
+                24_576 * block / 128,
+                &[
+                    Arg::Address(scratch),
+                    Arg::Address(out),
+                    Arg::Address(addresses),
+                    Arg::Long(OFFSET as i64),
+                    Arg::Address(starts),
+                    Arg::Int(heads.value as i32),
+                    Arg::Int(TAIL as i32),
+                ],
+            );
+            let mut read = Vec::new();
+            for s in 0..4 {
+                let width = heads.value * 128;
+                let (out, states) = &expected[s];
+                read.extend(&out[done[s] * width..][..rows[s] * width]);
+                done[s] += rows[s];
+                let found: Vec<f32> = device.get(slots[s].slot, OFFSET + TAIL + size + 1);
+                assert_eq!(found[..OFFSET + TAIL], [5.0; OFFSET + TAIL]);
+                assert_eq!(found[OFFSET + TAIL + size], 6.0);
+                let state = &states[done[s] - 1];
+                let off = worst(&found[OFFSET + TAIL..][..size], state) / scale(state);
+                assert!(off < MOST, "state {s}, pieces of {piece}: {off}");
+            }
+            let found: Vec<f32> = device.get(out, total * heads.value * 128);
+            let off = worst(&found, &read) / scale(&read);
+            assert!(off < MOST, "pieces of {piece}: {off}");
         }
     }
 }
