@@ -101,7 +101,8 @@ struct Plain {
                                            : __ldg(number);
         halves[half] |= (unsigned long long)bits << 8 * BYTES * i;
       }
-    return make_uint4((unsigned)halves[0], (unsigned)(halves[0] >> 32), (unsigned)halves[1], (unsigned)(halves[1] >> 32));
+    return make_uint4((unsigned)halves[0], (unsigned)(halves[0] >> 32), (unsigned)halves[1],
+                      (unsigned)(halves[1] >> 32));
   }
 };
 
@@ -110,7 +111,9 @@ struct F32 : Plain<4> {
     uint4 bits;
   };
   template <bool ALIGNED>
-  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) { return {bits(w, row, unit)}; }
+  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) {
+    return {bits(w, row, unit)};
+  }
   static __device__ __forceinline__ float4 quad(const Unit& unit, int) {
     return make_float4(__uint_as_float(unit.bits.x), __uint_as_float(unit.bits.y), __uint_as_float(unit.bits.z),
                        __uint_as_float(unit.bits.w));
@@ -123,7 +126,9 @@ struct Bf16 : Plain<2> {
     uint4 bits;
   };
   template <bool ALIGNED>
-  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) { return {bits(w, row, unit)}; }
+  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) {
+    return {bits(w, row, unit)};
+  }
   static __device__ __forceinline__ float4 quad(const Unit& unit, int i) {
     const unsigned a = word_of(unit.bits, 2 * i), b = word_of(unit.bits, 2 * i + 1);
     return make_float4(widen_bf16_low(a), widen_bf16_high(a), widen_bf16_low(b), widen_bf16_high(b));
@@ -136,7 +141,9 @@ struct F16 : Plain<2> {
     uint4 bits;
   };
   template <bool ALIGNED>
-  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) { return {bits(w, row, unit)}; }
+  static __device__ __forceinline__ Unit load(const Matrix<ALIGNED>& w, int row, int unit) {
+    return {bits(w, row, unit)};
+  }
   static __device__ __forceinline__ float4 quad(const Unit& unit, int i) {
     const unsigned a = word_of(unit.bits, 2 * i), b = word_of(unit.bits, 2 * i + 1);
     return make_float4(widen_f16((unsigned short)a), widen_f16((unsigned short)(a >> 16)),
@@ -233,8 +240,9 @@ struct Affine256 {
     const bool lower = part < 4;
     const unsigned scale = lower ? scales & 63 : (rest & 15) | (scales >> 2 & 48);
     const unsigned offset = lower ? offsets & 63 : (rest >> 4 & 15) | (offsets >> 2 & 48);
-    const float step = widen_f16((unsigned short)unit.header.x), unit_shift = widen_f16((unsigned short)(unit.header.x >> 16));
-    return {step * (float)scale * (1.0f / STEP), -(unit_shift * (float)offset)};
+    const float step = widen_f16((unsigned short)unit.header.x);
+    const float shift = widen_f16((unsigned short)(unit.header.x >> 16));
+    return {step * (float)scale * (1.0f / STEP), -(shift * (float)offset)};
   }
 };
 
@@ -307,9 +315,9 @@ constexpr int GEMV_THREADS = 256, GEMV_WARPS = GEMV_THREADS / 32;
 // lanes that take units side by side then read side by side. The stretch is as long as 32 KiB allow.
 //
 // Block 256. Any grid is right: warps go on to further rows while there are some, and where the grid has more warps
-// than there are pairs of rows, up to 8 warps of a block share a pair, each taking part of the width. Best is
-// max(ceil(n / 16), min(ceil(n / 2), 4 * processors)), and at M = 1 for large n no more than 4 * processors (x is then
-// read into shared memory but once a block).
+// than there are pairs of rows, up to 8 warps of a block share a pair, each taking part of the width. Best should be
+// max(ceil(n / 16), min(ceil(n / 2), 3 * processors)); where x is one stretch, 3 * processors do for any larger n, and a
+// block then reads x but once.
 template <class F, int M>
 struct Stretch {
   // rows of w that a warp multiplies side by side, so that what it reads of x serves all of them
@@ -546,8 +554,10 @@ __device__ __forceinline__ void gemv(const void* w, const float* x, float* y, in
     gemv<F, M, false>(stretch, w, x, y, n, k);
 }
 
+// Blocks that a processor is to have room for.
+#define GEMV_BLOCKS(F, M) (M == 1 ? 3 : M == 8 && F::CROWDED ? 1 : 2)
 #define GEMV(name, F, M)                                                                               \
-  extern "C" __global__ void __launch_bounds__(GEMV_THREADS, M == 1 ? 3 : M == 8 && F::CROWDED ? 1 : 2)                                           \
+  extern "C" __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS(F, M))                        \
       gemv_##name##_##M(const void* w, const float* x, float* y, int n, int k) {                       \
     gemv<F, M>(w, x, y, n, k);                                                                         \
   }                                                                                                    \
