@@ -361,7 +361,7 @@ async fn bounds_that_change_all_the_time_change_no_answer() {
         let (pool, saved) = (model.pool().clone(), model.state_bytes(0));
         let engine = start(model, &serving(8, None, 100), f64::INFINITY);
         let tokenizer = tokenizer();
-        let submit = |(index, prompt)| {
+        let submit = |(index, prompt): (usize, Vec<u32>)| {
             let sampling = sampling(0.8, index as u64);
             let request = Request {
                 places: vec![40, 62],
