@@ -145,8 +145,9 @@ impl Driver for Emulated {
         "this CPU".into()
     }
 
+    /// Few, as kernels are launched with so many blocks that all are busy.
     fn processors(&self) -> u32 {
-        4
+        1
     }
 
     fn memory(&self) -> Result<DeviceMemory, GpuError> {
