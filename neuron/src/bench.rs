@@ -2,23 +2,34 @@
 //!
 //! The model alone is measured, without the engine, the tokenizer and HTTP around it.
 
-use crate::kernels;
+use crate::gpu::{GpuError, Peaks};
+use crate::kernels::rows::Place;
 use crate::memory::SequenceState;
-use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
-use crate::parallel;
+use crate::model::{
+    Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Shape, load_made_up,
+};
+use crate::parallel::{self, Solo};
 use crate::quant::Format;
+use crate::{devices, kernels};
 use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchArgs {
     /// The model: a folder in Hugging Face layout or a GGUF file; it needs no tokenizer.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// Measure a model made up in the shape of a release instead; it needs no files.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "tensor_parallel"])]
+    pub shape: Option<Shape>,
+    /// Where the model is to be: `cpu`, or a device such as `cuda:0`. Ranks get a device each, from this one on.
+    #[arg(long, value_name = "ID", default_value = "cpu")]
+    pub device: String,
     /// Hold its weights in this number format: f32, f16, bf16, q8_0, q6_k, q5_k or q4_k [default: that of its files]
     #[arg(long, value_name = "FORMAT")]
     pub quant: Option<Format>,
@@ -51,12 +62,45 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
+/// What is measured of a model, as [`BenchArgs`] have it.
+#[derive(Debug, Clone)]
+pub struct Measure {
+    /// Tokens of a prompt.
+    pub prompt: usize,
+    /// Tokens of a piece of it.
+    pub chunk: usize,
+    /// Tokens that each sequence writes.
+    pub generate: usize,
+    /// Tokens before them.
+    pub depth: usize,
+    /// Numbers of sequences at once.
+    pub batch: Vec<usize>,
+    /// How often each is measured.
+    pub rounds: usize,
+}
+
+impl BenchArgs {
+    fn measure(&self) -> Measure {
+        Measure {
+            prompt: self.prompt,
+            chunk: self.chunk,
+            generate: self.generate,
+            depth: self.depth,
+            batch: self.batch.clone(),
+            rounds: self.rounds,
+        }
+    }
+}
+
 /// Measuring could not begin, or could not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// The model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// There is no such device, or it failed.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A step failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -135,17 +179,30 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
         pool.build_global()?;
     }
     let began = Instant::now();
+    let places = devices::places(&args.device, args.tensor_parallel)?;
     let options = LoadOptions {
+        places: places.clone(),
         quant: args.quant,
         ..LoadOptions::cpu()
     };
-    let model = parallel::load(&args.model, &options, args.tensor_parallel, &|_| {})?;
+    let model = match (&args.model, args.shape) {
+        (Some(model), _) => parallel::load(model, &options, args.tensor_parallel, &|_| {})?,
+        (None, shape) => {
+            let shape = shape.expect("one of them is there");
+            load_made_up(shape, &options, Arc::new(Solo), &|_| {})?
+        }
+    };
     let load_seconds = began.elapsed().as_secs_f64();
-    let read_bandwidth = read_bandwidth(args.rounds);
+    let read_bandwidth = match places.first() {
+        Some(Place::Gpu(gpu)) => Peaks::measure(gpu, 1 << 30, 4096)?.bandwidth,
+        _ => read_bandwidth(args.rounds),
+    };
+    let ranks = args.tensor_parallel;
+    let args = &args.measure();
     let measurements = measure(&*model, args, read_bandwidth)?;
     Ok(Report {
         threads: rayon::current_num_threads(),
-        ranks: args.tensor_parallel,
+        ranks,
         weight_bytes: model.weight_bytes(),
         load_seconds,
         read_bandwidth,
@@ -154,9 +211,12 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
 }
 
 /// The prompt, and then each number of sequences; without tokens to read or to write there is nothing to measure.
-fn measure(
+///
+/// # Errors
+/// When a step fails.
+pub fn measure(
     model: &dyn CausalLm,
-    args: &BenchArgs,
+    args: &Measure,
     read_bandwidth: f64,
 ) -> Result<Vec<Measurement>, ModelError> {
     let mut measurements = Vec::new();
@@ -222,14 +282,14 @@ fn read(
     Ok(())
 }
 
-fn prefill(model: &dyn CausalLm, args: &BenchArgs) -> Result<f64, ModelError> {
+fn prefill(model: &dyn CausalLm, args: &Measure) -> Result<f64, ModelError> {
     let mut state = model.new_state();
     let began = Instant::now();
     read(model, &mut state, args.prompt, args.chunk)?;
     Ok(began.elapsed().as_secs_f64())
 }
 
-fn decode(model: &dyn CausalLm, batch: usize, args: &BenchArgs) -> Result<f64, ModelError> {
+fn decode(model: &dyn CausalLm, batch: usize, args: &Measure) -> Result<f64, ModelError> {
     let mut states: Vec<SequenceState> = (0..batch).map(|_| model.new_state()).collect();
     for state in &mut states {
         read(model, state, args.depth, args.chunk)?;
@@ -285,20 +345,15 @@ mod tests {
             env!("CARGO_MANIFEST_DIR"),
             "/../tests/fixtures/models/qwen3_5_text"
         );
-        let mut args = BenchArgs {
-            model: folder.into(),
-            quant: None,
+        let mut args = Measure {
             prompt: 20,
             chunk: 8,
             generate: 2,
             depth: 3,
             batch: vec![1, 0, 3],
-            threads: None,
-            tensor_parallel: 1,
             rounds: 1,
-            json: false,
         };
-        let model = parallel::load(&args.model, &LoadOptions::cpu(), 1, &|_| {}).unwrap();
+        let model = parallel::load(folder.as_ref(), &LoadOptions::cpu(), 1, &|_| {}).unwrap();
         let bandwidth = 1e9;
         let found = measure(&*model, &args, bandwidth).unwrap();
         let asked: Vec<_> = found.iter().map(|m| (m.what, m.batch, m.tokens)).collect();

@@ -3,6 +3,7 @@
 use crate::bench::BenchArgs;
 use crate::config::{Config, ConfigError, ModelConfig};
 use crate::join::Gateway;
+use crate::selftest::SelftestArgs;
 use crate::verify::VerifyArgs;
 use clap::{Args, Parser, Subcommand};
 use protocol::node::WeightFormat;
@@ -35,6 +36,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Measure how fast this machine computes a model
     Bench(BenchArgs),
+    /// Test a CUDA device and measure it, with nothing but this program
+    Selftest(SelftestArgs),
 }
 
 /// How to serve: by a file, or by a model for a quick start.

@@ -17,6 +17,7 @@ pub mod model;
 pub mod parallel;
 pub mod quant;
 pub mod residency;
+pub mod selftest;
 pub mod telemetry;
 pub mod text;
 pub mod verify;

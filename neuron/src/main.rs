@@ -4,7 +4,9 @@ use clap::Parser;
 use neuron::app;
 use neuron::cli::{Cli, Command, ServeArgs};
 use neuron::config::{self, Config, ConfigError};
-use neuron::{bench, telemetry, verify};
+use neuron::{bench, selftest, telemetry, verify};
+use serde::Serialize;
+use std::fmt::Display;
 use std::process::ExitCode;
 
 /// glibc gives the memory of a step's tensors back to the system and takes it anew, page by page, in the next step.
@@ -36,17 +38,11 @@ fn main() -> ExitCode {
             Err(error) => fail(&error.to_string()),
         },
         Some(Command::Bench(args)) => match bench::run(&args) {
-            Ok(report) if args.json => match serde_json::to_string_pretty(&report) {
-                Ok(text) => {
-                    println!("{text}");
-                    ExitCode::SUCCESS
-                }
-                Err(error) => fail(&error.to_string()),
-            },
-            Ok(report) => {
-                println!("{report}");
-                ExitCode::SUCCESS
-            }
+            Ok(report) => print(&report, args.json, true),
+            Err(error) => fail(&error.to_string()),
+        },
+        Some(Command::Selftest(args)) => match selftest::run(&args) {
+            Ok(report) => print(&report, args.json, report.passed()),
             Err(error) => fail(&error.to_string()),
         },
         None => match cli.serve.config() {
@@ -72,6 +68,23 @@ fn serve(config: Config, args: &ServeArgs) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error.to_string()),
+    }
+}
+
+/// Prints a report, as JSON or as it reads.
+fn print<R: Serialize + Display>(report: &R, json: bool, passed: bool) -> ExitCode {
+    if json {
+        match serde_json::to_string_pretty(report) {
+            Ok(text) => println!("{text}"),
+            Err(error) => return fail(&error.to_string()),
+        }
+    } else {
+        println!("{report}");
+    }
+    if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 

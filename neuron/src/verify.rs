@@ -4,6 +4,9 @@
 //! token ids, logits, a greedy continuation, and for some of them hidden states, the logits of routers, those of drafts
 //! and the state after the prompt.
 
+use crate::devices;
+use crate::gpu::GpuError;
+use crate::kernels::rows::{Place, Rows};
 use crate::memory::{LayerState, SequenceState};
 use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
 use crate::parallel;
@@ -11,7 +14,6 @@ use crate::quant::Format;
 use candle_core::{DType, Device, Tensor, safetensors};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::ops::Range;
 use std::path::PathBuf;
 
 /// What to verify.
@@ -35,6 +37,9 @@ pub struct VerifyArgs {
     /// Share the model among this many ranks, each in threads of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     pub world_size: usize,
+    /// Where the model is to be: `cpu`, or a device such as `cuda:0`. Ranks get a device each, from this one on.
+    #[arg(long, value_name = "ID", default_value = "cpu")]
+    pub device: String,
     /// Judge by averages, as fits weights that are rounded: pass when the mean divergence of the predicted
     /// distributions from the golden ones is at most this many nats.
     #[arg(long, value_name = "NATS")]
@@ -47,6 +52,9 @@ pub enum VerifyError {
     /// The model could not be loaded.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// There is no such device.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// A step failed.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -262,7 +270,16 @@ impl fmt::Display for Report {
 /// # Errors
 /// When the model or the golden file cannot be read; a difference is no error, but in the report.
 pub fn run(args: &VerifyArgs) -> Result<Report, VerifyError> {
+    run_at(args, &devices::places(&args.device, args.world_size)?)
+}
+
+/// As [`run`], with the model at `places`.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_at(args: &VerifyArgs, places: &[Place]) -> Result<Report, VerifyError> {
     let options = LoadOptions {
+        places: places.to_vec(),
         drafts: true,
         quant: args.quant,
         ..LoadOptions::cpu()
@@ -331,8 +348,15 @@ fn verify_case(
     let mut seen: HashMap<Seen, Vec<Tensor>> = HashMap::new();
     for piece in prompt.chunks(args.chunk.unwrap_or(usize::MAX)) {
         let batch = Batch::single(piece, LogitRows::All);
-        let keep = &mut |what, rows: &Tensor| seen.entry(what).or_default().push(rows.clone());
+        let mut fault = None;
+        let keep = &mut |what, rows: &Rows| match rows.tensor() {
+            Ok(rows) => seen.entry(what).or_default().push(rows),
+            Err(error) => fault = Some(error),
+        };
         logits.push(model.forward_probed(&batch, &mut [&mut state], keep)?);
+        if let Some(error) = fault {
+            return Err(error.into());
+        }
     }
     let logits = Tensor::cat(&logits, 0)?; // (tokens, vocab)
     let mut case = Case {
@@ -467,21 +491,25 @@ fn compare_state(
         let parts: Vec<(&str, Vec<f32>)> = match own {
             LayerState::Attention(place) => {
                 let heads = 0..state.kv_shape().heads;
-                let keys = |part: &SequenceState, head| part.keys(*place, head);
-                let values = |part: &SequenceState, head| part.values(*place, head);
-                vec![
-                    ("k", heads_of_all(state, heads.clone(), keys)),
-                    ("v", heads_of_all(state, heads, values)),
-                ]
+                let parts = state.parts();
+                let all = parts.flat_map(|part| heads.clone().map(move |head| (part, head)));
+                let both = all.map(|(part, head)| part.keys_and_values(*place, head));
+                let (keys, values): (Vec<_>, Vec<_>) =
+                    both.map(|[keys, values]| (keys, values)).unzip();
+                vec![("k", keys.concat()), ("v", values.concat())]
             }
-            LayerState::Delta(own) => {
-                let recurrent = state.parts().flat_map(|part| match &part.layers[layer] {
-                    LayerState::Delta(delta) => &delta.recurrent[..],
-                    LayerState::Attention(_) => &[],
-                });
-                let mut parts = vec![("recurrent", recurrent.copied().collect())];
+            LayerState::Delta(_) | LayerState::InSlot(_) => {
+                let mut recurrent = Vec::new();
+                let mut tail = Vec::new();
+                for part in state.parts() {
+                    let found = part.delta_state(layer).map_err(candle_core::Error::wrap)?;
+                    let (conv, own) = found.unwrap_or_default();
+                    recurrent.extend(own);
+                    tail = conv;
+                }
+                let mut parts = vec![("recurrent", recurrent)];
                 if state.parts().count() == 1 {
-                    parts.push(("conv", own.conv.clone()));
+                    parts.push(("conv", tail));
                 }
                 parts
             }
@@ -504,17 +532,6 @@ fn compare_state(
         }
     }
     worst(differences.into_iter(), tolerance)
-}
-
-/// The numbers of each head of each rank, one after the other.
-fn heads_of_all(
-    state: &SequenceState,
-    heads: Range<usize>,
-    numbers: impl Fn(&SequenceState, usize) -> Vec<f32>,
-) -> Vec<f32> {
-    let parts = state.parts();
-    let all = parts.flat_map(|part| heads.clone().map(move |head| (part, head)));
-    all.flat_map(|(part, head)| numbers(part, head)).collect()
 }
 
 /// Neighbouring ranks hold copies of a head where there are fewer heads than ranks: each of the `heads` once.

@@ -143,8 +143,8 @@ fn start(model: Box<dyn CausalLm>, serving: &Serving, stretch: f64) -> Engine {
             prefill_tokens: serving.prefill_tokens,
             blocks: serving.blocks.unwrap_or(10_000),
             drafts: serving.drafts,
+            snapshot_bytes: serving.snapshots * model.state_bytes(0),
         },
-        snapshot_bytes: serving.snapshots * model.state_bytes(0),
         stall_limit: Duration::from_secs(3600),
     };
     let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("test");

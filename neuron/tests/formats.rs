@@ -166,6 +166,7 @@ fn a_gguf_file_gives_the_golden_numbers_of_the_checkpoint_it_was_made_of() {
         let (_place, file) = converted(&fixture(name), GgmlDType::F32);
         for world_size in [1, 2] {
             let report = verify::run(&VerifyArgs {
+                device: "cpu".into(),
                 model: file.clone(),
                 reference: fixture(name).join("golden.safetensors"),
                 chunk: Some(65),

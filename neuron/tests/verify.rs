@@ -42,6 +42,7 @@ fn args(name: &str) -> VerifyArgs {
         tolerance: TOLERANCE,
         quant: None,
         world_size: 1,
+        device: "cpu".into(),
         max_kl: None,
     }
 }

@@ -66,7 +66,8 @@ pub struct Limits {
     pub max_queued_prompt_tokens: usize,
     /// Prompt tokens computed in one step beside the decoding rows.
     pub prefill_chunk_tokens: usize,
-    /// Bytes that the states of one model may take; as much as is of use and free when absent.
+    /// Bytes that the states of one model may take; as much as is of use when absent. All models together never take more
+    /// than there is.
     pub state_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones.
     pub prefix_cache: bool,

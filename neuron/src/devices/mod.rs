@@ -7,6 +7,8 @@ mod metrics;
 
 pub use metrics::register;
 
+use crate::gpu::{Gpu, GpuError};
+use crate::kernels::rows::Place;
 use candle_core::Device;
 use protocol::node::{CudaInfo, DeviceInfo};
 
@@ -14,6 +16,46 @@ use protocol::node::{CudaInfo, DeviceInfo};
 #[must_use]
 pub fn default_device() -> Device {
     Device::Cpu
+}
+
+/// Where a model is that is to be on the device `id`: the places of its ranks, which on CUDA devices get one each, from
+/// this one on.
+///
+/// # Errors
+/// When there is no such device.
+pub fn places(id: &str, ranks: usize) -> Result<Vec<Place>, GpuError> {
+    if id == "cpu" {
+        return Ok(vec![Place::Cpu]);
+    }
+    let first = ordinal(id)?;
+    let ids = (first..first + ranks).map(|ordinal| format!("cuda:{ordinal}"));
+    ids.map(|id| open_gpu(&id).map(Place::Gpu)).collect()
+}
+
+/// The number of the CUDA device `id`.
+fn ordinal(id: &str) -> Result<usize, GpuError> {
+    let number = id
+        .strip_prefix("cuda:")
+        .and_then(|number| number.parse().ok());
+    number.ok_or_else(|| GpuError::Name(id.into()))
+}
+
+/// Opens the CUDA device `id`. Each that is opened has a stream of work of its own.
+///
+/// # Errors
+/// When there is no such device, or what it needs is missing.
+pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
+    let ordinal = ordinal(id)?;
+    #[cfg(feature = "cuda")]
+    return Ok(Gpu::new(
+        id,
+        Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
+    ));
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = ordinal;
+        Err(GpuError::NotBuilt)
+    }
 }
 
 /// Every device that can hold a model, with its memory as it is now.

@@ -1,8 +1,9 @@
 //! A model for tests: its next token is a fixed function of the tokens so far, or what the test scripted.
 
+use crate::kernels::rows::Rows;
 use crate::memory::pool::{BLOCK, KvPool, KvShape};
 use crate::memory::{DeltaState, LayerState, SequenceState};
-use crate::model::{Batch, CausalLm, Drafted, LogitRows, ModelError, Seen};
+use crate::model::{Batch, CausalLm, Drafted, LogitRows, ModelError, Probe, Seen};
 use candle_core::{DType, Device, Tensor};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -75,14 +76,16 @@ pub(crate) struct FakeModel {
     pub(crate) script: Script,
     pub(crate) gate: Arc<Gate>,
     pub(crate) context: usize,
+    /// What it says that a state takes beside its blocks.
+    pub(crate) fixed: u64,
     /// Steps run so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// Tokens computed so far.
     pub(crate) rows: Arc<AtomicUsize>,
     pub(crate) pool: KvPool,
-    /// Hangs up when the model is dropped.
-    #[expect(dead_code, reason = "held to hang up, never used")]
-    pub(crate) dropped: Option<std::sync::mpsc::Sender<()>>,
+    /// Dropped with the model.
+    #[expect(dead_code, reason = "held to be dropped, never used")]
+    pub(crate) dropped: Option<Box<dyn std::any::Any + Send>>,
 }
 
 impl FakeModel {
@@ -91,6 +94,7 @@ impl FakeModel {
             script,
             gate: Arc::default(),
             context: 4096,
+            fixed: 0,
             steps: Arc::default(),
             rows: Arc::default(),
             pool: KvPool::new(KvShape {
@@ -145,9 +149,9 @@ impl CausalLm for FakeModel {
         1000
     }
 
-    /// A byte a token.
+    /// A byte a token, so it says.
     fn state_bytes(&self, tokens: usize) -> u64 {
-        (KvShape::blocks(tokens) * BLOCK) as u64
+        self.fixed + (KvShape::blocks(tokens) * BLOCK) as u64
     }
 
     fn pool(&self) -> &KvPool {
@@ -173,7 +177,7 @@ impl CausalLm for FakeModel {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
+        probe: &mut Probe<'_>,
     ) -> Result<Tensor, ModelError> {
         self.gate.pass();
         let step = self.steps.fetch_add(1, Ordering::SeqCst);
@@ -197,7 +201,7 @@ impl CausalLm for FakeModel {
                 let token = token as f32;
                 state.put((0, 0), state.len, &[token], &[token]);
                 state.len += 1;
-                let kept = state.keys(0, 0);
+                let [kept, _] = state.keys_and_values(0, 0);
                 let LayerState::Delta(delta) = &mut state.layers[0] else {
                     unreachable!("the fake makes its own states");
                 };
@@ -215,7 +219,7 @@ impl CausalLm for FakeModel {
         }
         let hidden = batch.ids.iter().map(|id| *id as f32).collect();
         let hidden = Tensor::from_vec(hidden, (batch.ids.len(), 1), &Device::Cpu)?;
-        probe(Seen::Final, &hidden);
+        probe(Seen::Final, &Rows::Host(hidden));
         logits(rows)
     }
 
@@ -239,7 +243,8 @@ impl CausalLm for FakeModel {
             }
             state.drafted += segment.rows.len();
             if segment.logits == LogitRows::Last {
-                let seen = state.keys(0, 0).into_iter().map(|token| token as u32);
+                let [seen, _] = state.keys_and_values(0, 0);
+                let seen = seen.into_iter().map(|token| token as u32);
                 let seen: Vec<u32> = seen.chain([batch.ids[segment.rows.end - 1]]).collect();
                 let mut row = self.row(&seen);
                 if matches!(self.script, Script::Hash) && seen.len().is_multiple_of(3) {

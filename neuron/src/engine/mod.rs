@@ -25,7 +25,7 @@ use metrics::ModelMetrics;
 use request::{Events, Request, Sink, channel};
 use sequence::SequenceId;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel as inbox};
+use std::sync::mpsc::{Receiver, Sender, channel as inbox};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -46,8 +46,6 @@ pub struct EngineConfig {
     /// How long a step may take where sequences write and prompts are read, beside one in which sequences only write;
     /// infinite: prompts are read as if nobody wrote.
     pub stretch: f64,
-    /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
-    pub snapshot_bytes: u64,
     /// How long a reader may take nothing before its request is cut.
     pub stall_limit: Duration,
 }
@@ -60,6 +58,7 @@ pub struct Engine {
     fault: Arc<OnceLock<String>>,
     ended: watch::Receiver<bool>,
     next: Arc<AtomicU64>,
+    held: Arc<AtomicU64>,
 }
 
 /// What the thread can be told.
@@ -73,6 +72,8 @@ enum Command {
     Abort(SequenceId),
     /// A reader that was behind has room again.
     Resume(SequenceId),
+    /// Stay within other bounds from now on, and hang up when all is within them.
+    Bound(scheduler::Bounds, Sender<()>),
     /// Finish what runs and waits, then end.
     Drain,
     /// End now; what runs fails.
@@ -99,17 +100,20 @@ impl Engine {
             fault: fault.clone(),
             ended,
             next: Arc::default(),
+            held: Arc::default(),
         };
+        let held = engine.held.clone();
         std::thread::Builder::new()
             .name(format!("engine {}", config.id))
             .spawn(move || {
                 let id = config.id.clone();
-                let worker = Worker::new(model, config, metrics, receiver);
+                let worker = Worker::new(model, config, metrics, receiver, held.clone());
                 if let Err(reason) = worker.run() {
                     tracing::error!(model = id, reason, "engine failed");
                     let _ = fault.set(reason);
                 }
                 admission.close();
+                held.store(0, Ordering::Relaxed); // it went with the worker
                 // The handles may be gone; then nobody waits.
                 let _ = ended_sender.send(true);
             })?;
@@ -142,6 +146,28 @@ impl Engine {
     #[must_use]
     pub fn in_flight(&self) -> u64 {
         self.admission.in_flight()
+    }
+
+    /// Bounds its states anew, from its next step on: what is kept for later goes first, then the youngest of those that
+    /// run are set back and begin again when there is room. No answer changes. `bounds` must have room for one sequence of
+    /// full length. The receiver hangs up when all is within them, or when the engine has ended.
+    pub fn set_bounds(&self, bounds: scheduler::Bounds) -> Receiver<()> {
+        let (done, within) = inbox();
+        // A thread that is gone holds nothing, and has hung up.
+        let _ = self.inbox.send(Command::Bound(bounds, done));
+        within
+    }
+
+    /// Bytes its states held after its last step, memory for the next ones included.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether its thread has ended and all its memory is free.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
     }
 
     /// Why the engine failed, if it did.

@@ -118,6 +118,12 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         }
     }
 
+    /// Changes what its snapshots may hold; those longest out of use go until the others are within it.
+    pub fn set_budget(&mut self, bytes: u64) {
+        self.snapshot_budget = bytes;
+        while self.snapshot_bytes > bytes && self.evict_snapshot() {}
+    }
+
     /// Finds the longest beginning of `tokens` to go on from. The last token is never part of it: somebody has to
     /// compute the logits.
     pub fn find(&mut self, salt: Option<&Arc<str>>, tokens: &[u32]) -> Lookup<B, S> {
@@ -466,10 +472,33 @@ mod tests {
     }
 
     #[test]
+    fn a_smaller_budget_lets_the_oldest_snapshots_go_and_a_larger_one_none() {
+        let mut tree = Tree::new(3);
+        let sequences: Vec<Vec<u32>> = (0..3).map(|n| counted(n * 1000, 40)).collect();
+        for tokens in &sequences {
+            keep(&mut tree, tokens);
+        }
+        tree.set_budget(1);
+        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, 1));
+        let known = |tree: &mut Tree, n: usize| {
+            let longer = [&sequences[n][..], &[7]].concat();
+            tree.find(None, &longer).found.is_some()
+        };
+        assert!(!known(&mut tree, 0) && !known(&mut tree, 1) && known(&mut tree, 2));
+        tree.set_budget(2);
+        assert!(keep(&mut tree, &sequences[0]));
+        assert!(known(&mut tree, 0) && known(&mut tree, 2));
+        tree.set_budget(0);
+        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, 0));
+        assert!(!keep(&mut tree, &sequences[1]), "there is no room");
+    }
+
+    #[test]
     fn random_lives_keep_the_invariants() {
         for seed in 0..10 {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            let mut tree = Tree::new(6);
+            let mut budget = 6;
+            let mut tree = Tree::new(budget);
             let mut kept: HashSet<Vec<u32>> = HashSet::new();
             for _ in 0..2000 {
                 // few different tokens, so that beginnings are shared
@@ -478,7 +507,7 @@ mod tests {
                 for token in tokens.iter_mut().step_by(BLOCK / 2) {
                     *token = rng.random_range(0..2);
                 }
-                match rng.random_range(0..3) {
+                match rng.random_range(0..4) {
                     0 => {
                         if keep(&mut tree, &tokens) {
                             kept.insert(tokens);
@@ -496,14 +525,18 @@ mod tests {
                             assert!(fork < tokens.len());
                         }
                     }
-                    _ => {
+                    2 => {
                         tree.evict(|block| block.len() > BLOCK);
+                    }
+                    _ => {
+                        budget = rng.random_range(1..=6);
+                        tree.set_budget(budget);
                     }
                 }
                 let snapshots: usize = tree.nodes.values().map(|node| node.snapshots.len()).sum();
                 assert_eq!(tree.snapshot_bytes(), snapshots as u64, "seed {seed}");
                 assert_eq!(tree.saved.len(), snapshots, "seed {seed}");
-                assert!(snapshots <= 6, "seed {seed}");
+                assert!(snapshots as u64 <= budget, "seed {seed}");
                 let leaves = tree.nodes.values();
                 let leaves = leaves.filter(|node| node.children.is_empty() && node.block.is_some());
                 assert_eq!(tree.leaves.len(), leaves.count(), "seed {seed}");

@@ -5,12 +5,15 @@ use super::plan::Plan;
 use super::prefix::{Found, PrefixTree};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
-use crate::memory::pool::{KvPool, KvShape};
+use crate::kernels::rows::Rows;
+use crate::memory::pool::{BLOCK, KvPool, KvShape};
 use crate::memory::{SequenceState, SharedBlock, Snapshot};
 use crate::model::{Batch, CausalLm, LogitRows, ModelError, Seen};
 use candle_core::{IndexOp, Tensor};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The model, the state of every sequence that has begun, and what ended ones have left.
 pub(super) struct ModelRunner {
@@ -21,6 +24,11 @@ pub(super) struct ModelRunner {
     prefixes: Option<PrefixTree<SharedBlock, Snapshot>>,
     /// Most tokens guessed ahead of a sequence.
     drafts: usize,
+    /// Bytes of a state that has not begun, and of one block of keys and values.
+    fixed_bytes: u64,
+    block_bytes: u64,
+    /// Told to others: bytes of all states, blocks kept for later included.
+    held: Arc<AtomicU64>,
     /// Of the last step, what the drafting layer works on.
     hidden: Option<Tensor>,
     metrics: ModelMetrics,
@@ -61,24 +69,48 @@ impl Logits {
 }
 
 impl ModelRunner {
-    /// `snapshot_bytes` is what saved states may hold; with zero nothing is kept.
+    /// What the states hold is kept in `held`.
     pub(super) fn new(
         model: Box<dyn CausalLm>,
         bounds: Bounds,
-        snapshot_bytes: u64,
+        held: Arc<AtomicU64>,
         metrics: ModelMetrics,
     ) -> Self {
-        let pool = model.pool().clone();
-        model.bound_blocks(bounds.blocks);
-        metrics.blocks.set(whole(bounds.blocks));
-        Self {
-            model,
-            pool,
+        let fixed_bytes = model.state_bytes(0);
+        let mut runner = Self {
+            pool: model.pool().clone(),
             states: HashMap::new(),
+            prefixes: None,
             drafts: bounds.drafts,
+            fixed_bytes,
+            block_bytes: model.state_bytes(BLOCK) - fixed_bytes,
+            held,
             hidden: None,
-            prefixes: (snapshot_bytes > 0).then(|| PrefixTree::new(snapshot_bytes)),
             metrics,
+            model,
+        };
+        runner.set_bounds(bounds);
+        runner
+    }
+
+    /// Lets go of what is kept beyond the bounds. What runs must be within them already.
+    pub(super) fn set_bounds(&mut self, bounds: Bounds) {
+        match &mut self.prefixes {
+            Some(prefixes) => prefixes.set_budget(bounds.snapshot_bytes),
+            None if bounds.snapshot_bytes > 0 => {
+                self.prefixes = Some(PrefixTree::new(bounds.snapshot_bytes));
+            }
+            None => {}
+        }
+        if let Some(prefixes) = &mut self.prefixes {
+            let kept = |pool: &KvPool| pool.out() > bounds.blocks || bounds.snapshot_bytes == 0;
+            while kept(&self.pool) && prefixes.evict(SharedBlock::is_last) {}
+        }
+        self.model.bound_blocks(bounds.blocks);
+        self.metrics.blocks.set(whole(bounds.blocks));
+        self.tell();
+        if bounds.snapshot_bytes == 0 {
+            self.prefixes = None;
         }
     }
 
@@ -134,16 +166,24 @@ impl ModelRunner {
         }
         self.free_blocks(plan, &states);
         let (hidden, drafts) = (&mut self.hidden, self.drafts > 0);
-        let mut keep = |seen, rows: &Tensor| {
+        let mut fault = None;
+        let mut keep = |seen, rows: &Rows| {
             if drafts && seen == Seen::Final {
-                *hidden = Some(rows.clone());
+                match rows.tensor() {
+                    Ok(rows) => *hidden = Some(rows),
+                    Err(error) => fault = Some(error),
+                }
             }
         };
-        let logits = self.model.forward_probed(
-            &batch,
-            &mut states.iter_mut().collect::<Vec<_>>(),
-            &mut keep,
-        )?;
+        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
+        let logits = if drafts {
+            self.model.forward_probed(&batch, &mut lent, &mut keep)?
+        } else {
+            self.model.forward(&batch, &mut lent)?
+        };
+        if let Some(fault) = fault {
+            return Err(fault.into());
+        }
         for (row, state) in plan.rows.iter().zip(states) {
             self.states.insert(row.sequence, state);
         }
@@ -244,6 +284,10 @@ impl ModelRunner {
         self.metrics.blocks_used.set(whole(self.pool.out()));
         let held = self.states.values().map(|state| state.blocks().len());
         self.metrics.blocks_in_sequences.set(whole(held.sum()));
+        let blocks = self.pool.held() as u64 * self.block_bytes;
+        let states = self.states.len() as u64 * self.fixed_bytes;
+        let saved = self.prefixes.as_ref().map_or(0, PrefixTree::snapshot_bytes);
+        self.held.store(blocks + states + saved, Ordering::Relaxed);
         if let Some(prefixes) = &mut self.prefixes {
             self.metrics
                 .snapshots_evicted

@@ -74,6 +74,8 @@ pub struct Bounds {
     pub blocks: usize,
     /// Tokens that are guessed ahead of each sequence that writes; zero guesses none.
     pub drafts: usize,
+    /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
+    pub snapshot_bytes: u64,
 }
 
 impl Scheduler {
@@ -86,6 +88,11 @@ impl Scheduler {
             running: Vec::new(),
             bounds,
         }
+    }
+
+    /// Changes the bounds. Who must make way is told by [`Self::make_room`], at the latest with the next plan.
+    pub fn set_bounds(&mut self, bounds: Bounds) {
+        self.bounds = bounds;
     }
 
     /// Puts a sequence in the line: behind all that have a better priority, and of its own priority behind those whose turn
@@ -216,11 +223,11 @@ impl Scheduler {
         self.running.iter_mut().find(|sequence| sequence.id == id)
     }
 
-    /// Sets the youngest back until what runs has room to grow by a token each. The oldest always stays:
-    /// a model is loaded only where one sequence of full length fits.
-    fn make_room(&mut self, store: &impl Store) -> Vec<SequenceId> {
+    /// Sets the youngest back until what runs has room to grow by a token each; their states are to be let go. The oldest
+    /// always stays: a model is loaded only where one sequence of full length fits, and is never given less.
+    pub fn make_room(&mut self, store: &impl Store) -> Vec<SequenceId> {
         let mut preempted = Vec::new();
-        while self.running.len() > 1 && self.held(store) > self.bounds.blocks {
+        while self.running.len() > 1 && self.is_beyond_bounds(store) {
             let Some(mut youngest) = self.running.pop() else {
                 break;
             };
@@ -231,6 +238,10 @@ impl Scheduler {
             self.waiting.push_front(youngest);
         }
         preempted
+    }
+
+    fn is_beyond_bounds(&self, store: &impl Store) -> bool {
+        self.running.len() > self.bounds.max_running || self.held(store) > self.bounds.blocks
     }
 
     fn next_fits(&self, store: &impl Store) -> bool {
@@ -284,6 +295,7 @@ mod tests {
             prefill_tokens,
             blocks,
             drafts: 0,
+            snapshot_bytes: 0,
         })
     }
 
@@ -517,10 +529,38 @@ mod tests {
     }
 
     #[test]
+    fn smaller_bounds_set_the_youngest_back_and_larger_ones_let_them_begin_again() {
+        let mut scheduler = scheduler(4, 64, 400);
+        for id in 1..=4 {
+            add(&mut scheduler, id, 10);
+        }
+        assert_eq!(step(&mut scheduler, PER_TOKEN).len(), 4);
+        let wide = scheduler.bounds;
+        let set = |scheduler: &mut Scheduler, max_running, blocks| {
+            scheduler.set_bounds(Bounds {
+                max_running,
+                blocks,
+                ..wide
+            });
+        };
+        set(&mut scheduler, 3, 400);
+        assert_eq!(scheduler.make_room(&PER_TOKEN), [SequenceId(4)]);
+        set(&mut scheduler, 4, 24); // two of eleven tokens and the next of each
+        assert_eq!(scheduler.make_room(&PER_TOKEN), [SequenceId(3)]);
+        set(&mut scheduler, 4, 1);
+        let plan = scheduler.plan(&mut PER_TOKEN.clone(), usize::MAX);
+        assert_eq!(plan.preempted, [SequenceId(2)], "the oldest stays");
+        set(&mut scheduler, 4, 400);
+        let begun = scheduler.plan(&mut PER_TOKEN.clone(), usize::MAX).started;
+        assert_eq!(begun, [2, 3, 4].map(SequenceId), "in the order they had");
+    }
+
+    #[test]
     fn random_lives_keep_the_invariants() {
         for seed in 0..20 {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             let mut scheduler = scheduler(4, 16, 300);
+            let mut most = 4;
             let mut next = 0;
             for _ in 0..500 {
                 match rng.random_range(0..10) {
@@ -531,6 +571,14 @@ mod tests {
                     3 => drop(scheduler.remove(SequenceId(rng.random_range(1..next + 2)))),
                     4 => scheduler.pause(SequenceId(rng.random_range(1..next + 2))),
                     5 => scheduler.resume(SequenceId(rng.random_range(1..next + 2))),
+                    6 => {
+                        most = rng.random_range(1..5);
+                        scheduler.set_bounds(Bounds {
+                            max_running: most,
+                            blocks: rng.random_range(100..400),
+                            ..scheduler.bounds
+                        });
+                    }
                     _ => {}
                 }
                 let plan = scheduler.plan(&mut PER_TOKEN.clone(), usize::MAX);
@@ -539,7 +587,11 @@ mod tests {
                     reading <= 16 + scheduler.running_count(),
                     "seed {seed}: {plan:?}"
                 );
-                assert!(scheduler.running_count() <= 4, "seed {seed}");
+                assert!(scheduler.running_count() <= most, "seed {seed}");
+                assert!(
+                    scheduler.running_count() == 1 || !scheduler.is_beyond_bounds(&PER_TOKEN),
+                    "seed {seed}"
+                );
                 for row in &plan.rows {
                     let sequence = scheduler.running(row.sequence).expect("planned rows run");
                     assert_eq!(row.tokens.start, sequence.computed, "seed {seed}");

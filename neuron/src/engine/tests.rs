@@ -40,15 +40,15 @@ fn config() -> EngineConfig {
             prefill_tokens: 16,
             blocks: 1000,
             drafts: 0,
+            snapshot_bytes: 1 << 20,
         },
-        snapshot_bytes: 1 << 20,
         stall_limit: Duration::from_secs(3600),
     }
 }
 
 impl EngineConfig {
     fn with_nothing_kept(mut self) -> Self {
-        self.snapshot_bytes = 0;
+        self.bounds.snapshot_bytes = 0;
         self
     }
 }
@@ -199,6 +199,121 @@ async fn being_set_back_changes_no_text() {
         steps.load(Ordering::SeqCst) > 110,
         "the second was set back"
     );
+}
+
+#[tokio::test]
+async fn bounds_that_change_under_running_sequences_change_no_text() {
+    let prompts: Vec<Vec<u32>> = (0..6)
+        .map(|n| (10..40 + 7 * n).map(|token| token + n).collect())
+        .collect();
+    let request = |bench: &Bench, n: usize| Request {
+        prompt: prompts[n].clone(),
+        places: vec![20],
+        ..bench.request("x", 100, warm(n as u64))
+    };
+    let reference = bench(Script::Hash);
+    let mut alone = Vec::new();
+    for n in 0..prompts.len() {
+        alone.push(run(&reference, request(&reference, n)).await.0);
+    }
+    let tight = Bounds {
+        blocks: 13, // of 16 tokens; one sequence takes up to eleven
+        snapshot_bytes: 200,
+        ..config().bounds
+    };
+    let single = Bounds {
+        max_running: 1,
+        ..config().bounds
+    };
+    let keeps_nothing = Bounds {
+        snapshot_bytes: 0,
+        ..tight
+    };
+    for (drafts, smaller) in [0, 3]
+        .into_iter()
+        .flat_map(|drafts| [tight, single, keeps_nothing].map(|smaller| (drafts, smaller)))
+    {
+        let with_drafts = |bounds: Bounds| Bounds { drafts, ..bounds };
+        let gate = Gate::closed_after(0);
+        let model = FakeModel {
+            gate: gate.clone(),
+            fixed: 8,
+            ..FakeModel::new(Script::Hash)
+        };
+        let pool = model.pool.clone();
+        let metrics = EngineMetrics::register(&prometheus::Registry::new()).of("m");
+        let wide = EngineConfig {
+            bounds: with_drafts(config().bounds),
+            ..config()
+        };
+        let bench = Bench {
+            engine: Engine::start(Box::new(model), wide, metrics.clone()).unwrap(),
+            tokenizer: tiny(),
+        };
+        gate.let_through(60); // enough for one request and to begin all others, and for none of those to end
+        run(&bench, of_tokens(&bench, &[400; 90], &[40])).await;
+        assert!(metrics.snapshot_bytes.get() > 200, "something is kept");
+        let mut all: Vec<Events> = (0..prompts.len())
+            .map(|n| bench.engine.submit(request(&bench, n)).unwrap())
+            .collect();
+        let Some(Event::Delta(Delta::Content(begun))) = all[5].next().await else {
+            panic!("the last writes, so that all run");
+        };
+        let within = bench.engine.set_bounds(with_drafts(smaller));
+        gate.open();
+        within.recv().unwrap_err();
+        assert!(pool.held() <= smaller.blocks, "{} blocks", pool.held());
+        assert!(metrics.snapshot_bytes.get() as u64 <= smaller.snapshot_bytes);
+        assert!(metrics.running.get() <= smaller.max_running as i64);
+        assert_eq!(metrics.blocks.get(), smaller.blocks as i64);
+        assert!(metrics.preemptions.get() > 0, "some were set back");
+        let most = 16 * smaller.blocks + 8 * smaller.max_running;
+        assert!(bench.engine.held_bytes() <= most as u64 + smaller.snapshot_bytes);
+        let check = async |events: &mut Events, n: usize| {
+            let (text, end) = collect(events).await;
+            end.unwrap();
+            let before = if n == 5 { begun.as_str() } else { "" };
+            assert_eq!(format!("{before}{text}"), alone[n], "answer {n}");
+        };
+        let (first, rest) = all.split_at_mut(2);
+        for (n, events) in first.iter_mut().enumerate() {
+            check(events, n).await;
+        }
+        assert!(pool.held() <= smaller.blocks, "{} blocks", pool.held());
+        // and more again
+        let within = bench.engine.set_bounds(with_drafts(config().bounds));
+        within.recv().unwrap_err();
+        assert_eq!(pool.capacity(), 1000);
+        for (n, events) in rest.iter_mut().enumerate() {
+            check(events, n + 2).await;
+        }
+        bench.engine.drain(Duration::from_secs(60)).await;
+        assert!(bench.engine.has_ended());
+        assert_eq!((pool.out(), bench.engine.held_bytes()), (0, 0));
+        let late = bench.engine.set_bounds(with_drafts(smaller));
+        late.recv().unwrap_err(); // nobody waits for one that has ended
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_has_nothing_to_do_makes_room_at_once() {
+    let model = FakeModel::new(Script::Hash);
+    let pool = model.pool.clone();
+    let bench = bench_with(model, config());
+    run(
+        &bench,
+        of_tokens(&bench, &(10..400).collect::<Vec<_>>(), &[]),
+    )
+    .await;
+    let kept = bench.engine.held_bytes();
+    assert!(pool.out() > 20 && kept > 20 * 16, "{kept} bytes");
+    let smaller = Bounds {
+        blocks: 7,
+        ..config().bounds
+    };
+    bench.engine.set_bounds(smaller).recv().unwrap_err();
+    assert!(pool.held() <= 7, "{} blocks", pool.held());
+    assert!(bench.engine.held_bytes() < kept);
 }
 
 /// Runs a request to its end: its text and how much of its prompt was not computed again.
@@ -677,7 +792,7 @@ async fn a_deadline_ends_a_request_that_waits() {
 async fn draining_finishes_what_runs_and_frees_the_model() {
     let (dropped, is_dropped) = std::sync::mpsc::channel::<()>();
     let model = FakeModel {
-        dropped: Some(dropped),
+        dropped: Some(Box::new(dropped)),
         ..FakeModel::new(Script::Hash)
     };
     let bench = bench_with(model, config());

@@ -9,7 +9,7 @@ use super::plan::Plan;
 use super::request::{EngineError, Finish, Request, Sink};
 use super::runner::{Drafting, Logits, ModelRunner};
 use super::sampler::{Bounds, NotANumber, Sampler, score};
-use super::scheduler::Scheduler;
+use super::scheduler::{self, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, EngineConfig};
 use crate::model::{CausalLm, ModelError};
@@ -19,6 +19,8 @@ use protocol::chat::FinishReason;
 use protocol::usage::{CompletionTokensDetails, PromptTokensDetails, Timings, Usage};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -88,11 +90,12 @@ impl Worker {
         config: EngineConfig,
         metrics: ModelMetrics,
         inbox: Receiver<Command>,
+        held: Arc<AtomicU64>,
     ) -> Self {
         Self {
             scheduler: Scheduler::new(config.bounds),
             pace: Pace::new(config.stretch),
-            runner: ModelRunner::new(model, config.bounds, config.snapshot_bytes, metrics.clone()),
+            runner: ModelRunner::new(model, config.bounds, held, metrics.clone()),
             lives: HashMap::new(),
             mode: Mode::Serving,
             config,
@@ -180,9 +183,39 @@ impl Worker {
             Command::Cancel(id) => self.cancel(id),
             Command::Abort(id) => self.abort(id),
             Command::Resume(id) => self.resume(id),
+            Command::Bound(bounds, done) => {
+                self.bound(bounds);
+                drop(done);
+            }
             Command::Drain => self.mode = Mode::Draining,
             Command::Stop => self.mode = Mode::Stopped,
         }
+    }
+
+    /// Changes the bounds and sees to it at once that all is within them: the next step may be long in coming, and somebody
+    /// waits for the memory. What is only kept for later goes first: a sequence is set back where those that run do not
+    /// fit by themselves.
+    fn bound(&mut self, bounds: scheduler::Bounds) {
+        self.config.bounds = bounds;
+        self.scheduler.set_bounds(bounds);
+        let preempted = self.scheduler.make_room(&self.runner);
+        self.let_go(&preempted);
+        self.runner.set_bounds(bounds);
+        self.tell_running();
+    }
+
+    /// Frees what sequences hold that were set back.
+    fn let_go(&mut self, preempted: &[SequenceId]) {
+        for id in preempted {
+            self.runner.forget(*id);
+            self.metrics.preemptions.inc();
+        }
+    }
+
+    fn tell_running(&self) {
+        let running = self.scheduler.running_count();
+        let running = i64::try_from(running).unwrap_or(i64::MAX);
+        self.metrics.running.set(running);
     }
 
     fn take(&mut self, id: SequenceId, request: Request, sink: Sink, ticket: Ticket) {
@@ -227,10 +260,7 @@ impl Worker {
 
     fn plan(&mut self) -> Plan {
         let plan = self.scheduler.plan(&mut self.runner, self.pace.beside());
-        for id in &plan.preempted {
-            self.runner.forget(*id);
-            self.metrics.preemptions.inc();
-        }
+        self.let_go(&plan.preempted);
         let now = Instant::now();
         for id in &plan.started {
             let Some(life) = self.lives.get_mut(id) else {
@@ -247,9 +277,7 @@ impl Worker {
                 self.metrics.prompt_tokens.inc_by(life.prompt);
             }
         }
-        self.metrics
-            .running
-            .set(i64::try_from(self.scheduler.running_count()).unwrap_or(i64::MAX));
+        self.tell_running();
         plan
     }
 

@@ -3,17 +3,24 @@
 //! Everything above this line is the same for a real device ([`Driver`] over the CUDA driver, feature `cuda`) and for
 //! the one that tests use, which runs the same kernels on the CPU.
 
+#[cfg(test)]
+pub(crate) mod emulated;
+
 use std::fmt;
 
 #[cfg(feature = "cuda")]
 pub mod driver;
 #[cfg(feature = "cuda")]
 mod library;
+mod memory;
+mod peaks;
 #[cfg(feature = "cuda")]
 mod staging;
 
 #[cfg(feature = "cuda")]
 pub use driver::CudaDevice;
+pub use memory::{Buffer, Gpu, Scratch};
+pub use peaks::Peaks;
 
 /// A place in the memory of a device.
 pub type Address = u64;
@@ -164,6 +171,12 @@ pub enum GpuError {
     /// There is no such device.
     #[error("there is no CUDA device {0}")]
     NoDevice(usize),
+    /// No device is called so.
+    #[error("`{0}` names no device; write `cpu`, or a CUDA device as `cuda:0`")]
+    Name(String),
+    /// The program was built without CUDA.
+    #[error("this neuron was built without CUDA; build it with `--features cuda` (docs/cuda.md)")]
+    NotBuilt,
     /// It has no memory left.
     #[error("the device has no room for {bytes} bytes")]
     OutOfMemory {

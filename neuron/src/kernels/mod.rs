@@ -1,4 +1,4 @@
-//! The operations that candle does not have or that cost too much there, on the CPU in f32.
+//! The operations that models are made of, on the CPU in f32 and on CUDA devices; [`rows`] has what is common to both.
 //!
 //! Each has a plain reference beside it in its tests, and is held to it on shapes that do not divide evenly.
 
@@ -12,6 +12,7 @@ pub mod delta_rule;
 pub mod linear;
 pub mod norm;
 pub(crate) mod pages;
+pub mod rows;
 mod vector;
 
 /// Gives `read` the numbers of a contiguous f32 tensor on the CPU, without copying them.

@@ -1,11 +1,14 @@
 //! What sequences remember.
 
 pub mod pool;
+pub(crate) mod slot;
 
-use pool::{BLOCK, Block, KvPool, KvShape};
+use crate::gpu::GpuError;
+use pool::{BLOCK, Block, KvNumbers, KvPool, KvShape};
+use slot::Slot;
 use std::sync::Arc;
 
-/// Everything a model remembers of one sequence, on the CPU in f32.
+/// Everything a model remembers of one sequence, where the model is.
 ///
 /// Only its keys and values grow with the sequence. It cannot be cut back to any earlier position: [`Snapshot`]s can be
 /// taken and gone on from, and the rows of a step that said so can be taken back.
@@ -16,6 +19,8 @@ pub struct SequenceState {
     /// Tokens the drafting layer has taken in; it follows the others one token behind.
     pub(crate) drafted: usize,
     pub(crate) layers: Vec<LayerState>,
+    /// What the gated delta nets remember, where that is on a device.
+    slot: Option<Slot>,
     /// Keys and values of all layers, [`BLOCK`] tokens each; the last ones may have room.
     blocks: Vec<Arc<Block>>,
     pool: KvPool,
@@ -46,6 +51,8 @@ pub(crate) enum LayerState {
     Attention(usize),
     /// Of the gated delta net: a convolution tail and the recurrent state.
     Delta(DeltaState),
+    /// The same on a device, at this place in the sequence's slot.
+    InSlot(usize),
 }
 
 /// State of a gated delta net.
@@ -102,10 +109,27 @@ impl SequenceState {
             len: 0,
             drafted: 0,
             layers,
+            slot: None,
             blocks: Vec::new(),
             pool,
             others: Vec::new(),
         }
+    }
+
+    /// The same with what gated delta nets remember on a device.
+    pub(crate) fn with_slot(mut self, slot: Option<Slot>) -> Self {
+        self.slot = slot;
+        self
+    }
+
+    /// What gated delta nets remember, where that is on a device.
+    pub(crate) fn slot(&self) -> Option<&Slot> {
+        self.slot.as_ref()
+    }
+
+    /// As [`Self::slot`], to be changed.
+    pub(crate) fn slot_mut(&mut self) -> Option<&mut Slot> {
+        self.slot.as_mut()
     }
 
     /// The same with room for what so many other ranks remember.
@@ -211,6 +235,9 @@ impl SequenceState {
                 state.keep_rows(rows);
             }
         }
+        if let Some(slot) = &mut self.slot {
+            slot.keep_rows(rows, of);
+        }
         for part in self.others.iter_mut().flatten() {
             part.keep_rows(rows, of);
         }
@@ -222,29 +249,47 @@ impl SequenceState {
         self.others.iter_mut().flatten().for_each(Self::follow);
     }
 
-    /// Keys of a place and head so far: `(tokens, dim)`.
+    /// Keys and values of a place and head so far, each `(tokens, dim)`.
     #[must_use]
-    pub fn keys(&self, place: usize, head: usize) -> Vec<f32> {
-        let blocks = self.blocks.iter();
-        self.so_far(blocks.flat_map(|block| block.keys(place, head)))
-    }
-
-    /// Values of a place and head so far: `(tokens, dim)`.
-    #[must_use]
-    pub fn values(&self, place: usize, head: usize) -> Vec<f32> {
-        let blocks = self.blocks.iter();
-        self.so_far(blocks.flat_map(|block| block.values(place, head)))
-    }
-
-    fn so_far<'a>(&self, floats: impl Iterator<Item = &'a f32>) -> Vec<f32> {
+    pub fn keys_and_values(&self, place: usize, head: usize) -> [Vec<f32>; 2] {
         let count = self.len * self.pool.shape().dim;
-        floats.take(count).copied().collect()
+        let mut all = [Vec::new(), Vec::new()];
+        for block in &self.blocks {
+            for (all, part) in all.iter_mut().zip(block.both(place, head)) {
+                all.extend(part);
+            }
+        }
+        all.map(|mut numbers| {
+            numbers.truncate(count);
+            numbers
+        })
+    }
+
+    /// The tail of the convolution, `(taps - 1, channels)`, and `S`, `(value heads, key dim, value dim)`, of layer `layer`;
+    /// none where it is no gated delta net.
+    ///
+    /// # Errors
+    /// When they are on a device that fails.
+    pub fn delta_state(&self, layer: usize) -> Result<Option<(Vec<f32>, Vec<f32>)>, GpuError> {
+        match (&self.layers[layer], &self.slot) {
+            (LayerState::Delta(state), _) => {
+                Ok(Some((state.conv.clone(), state.recurrent.clone())))
+            }
+            (LayerState::InSlot(place), Some(slot)) => slot.read(*place).map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// What the keys and values of one of its tokens are.
     #[must_use]
     pub fn kv_shape(&self) -> KvShape {
         self.pool.shape()
+    }
+
+    /// What its keys and values are held as.
+    #[must_use]
+    pub fn kv_numbers(&self) -> KvNumbers {
+        self.pool.numbers()
     }
 
     /// Writes key and value of the token at `position`, for which [`Self::make_room`] has made room.
@@ -270,6 +315,7 @@ impl SequenceState {
             len: self.len,
             drafted: self.drafted,
             layers: self.layers.clone(),
+            slot: self.slot.clone(),
             partial,
             pool: self.pool.clone(),
             others: others
@@ -285,6 +331,7 @@ pub struct Snapshot {
     len: usize,
     drafted: usize,
     layers: Vec<LayerState>,
+    slot: Option<Slot>,
     /// The block that is not full.
     partial: Option<Arc<Block>>,
     pool: KvPool,
@@ -311,10 +358,11 @@ impl Snapshot {
             .layers
             .iter()
             .map(|layer| match layer {
-                LayerState::Attention(_) => 0,
+                LayerState::Attention(_) | LayerState::InSlot(_) => 0,
                 LayerState::Delta(state) => state.conv.len() + state.recurrent.len(),
             })
             .sum();
+        let floats = floats + self.slot.as_ref().map_or(0, Slot::floats);
         let others = self.others.iter().flatten().map(Self::bytes);
         4 * floats as u64 + others.sum::<u64>()
     }
@@ -341,6 +389,7 @@ impl Snapshot {
             len: self.len,
             drafted: self.drafted,
             layers: self.layers.clone(),
+            slot: self.slot.clone(),
             blocks: full,
             pool: self.pool.clone(),
             others: Vec::new(),
@@ -367,8 +416,9 @@ mod tests {
     }
 
     fn read(state: &SequenceState) -> Vec<f32> {
-        assert_eq!(state.keys(0, 0), state.values(0, 0));
-        state.keys(0, 0)
+        let [keys, values] = state.keys_and_values(0, 0);
+        assert_eq!(keys, values);
+        keys
     }
 
     #[test]

@@ -1,9 +1,32 @@
 //! Keys and values in blocks of equal size, handed out from one pool and shared by counting references.
 
+use crate::gpu::{Address, Buffer, Gpu};
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Tokens whose keys and values lie in one block.
 pub const BLOCK: usize = 16;
+
+/// What keys and values are held as. On the CPU that is always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvNumbers {
+    /// 4 bytes each, as they are computed.
+    F32,
+    /// 2 bytes each.
+    Bf16,
+}
+
+impl KvNumbers {
+    /// Bytes of a number.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
 
 /// What the keys and values of one token are, over all layers that keep some.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +62,9 @@ impl KvShape {
 #[derive(Debug, Clone)]
 pub struct KvPool {
     shape: KvShape,
+    numbers: KvNumbers,
+    /// The device that has the blocks, where it is not the host.
+    gpu: Option<Gpu>,
     shared: Arc<Mutex<Shelf>>,
 }
 
@@ -48,20 +74,38 @@ struct Shelf {
     capacity: usize,
     out: usize,
     /// Memory of blocks that came back, to be handed out again.
-    spare: Vec<Box<[f32]>>,
+    spare: Vec<Storage>,
+}
+
+/// The numbers of a block.
+#[derive(Debug)]
+enum Storage {
+    Host(Box<[f32]>),
+    Device(Buffer),
 }
 
 /// One block: returned to its pool when its last holder lets go.
 #[derive(Debug)]
 pub struct Block {
-    floats: Box<[f32]>,
+    /// None only while it is dropped.
+    storage: Option<Storage>,
     pool: KvPool,
 }
 
 impl KvPool {
-    /// A pool without a bound, until [`Self::set_capacity`].
+    /// A pool in the host's memory, without a bound until [`Self::set_capacity`].
     #[must_use]
     pub fn new(shape: KvShape) -> Self {
+        Self::held_as(shape, KvNumbers::F32, None)
+    }
+
+    /// A pool on a device, without a bound until [`Self::set_capacity`].
+    #[must_use]
+    pub fn on_device(shape: KvShape, numbers: KvNumbers, gpu: &Gpu) -> Self {
+        Self::held_as(shape, numbers, Some(gpu.clone()))
+    }
+
+    fn held_as(shape: KvShape, numbers: KvNumbers, gpu: Option<Gpu>) -> Self {
         let shelf = Shelf {
             capacity: usize::MAX,
             out: 0,
@@ -69,13 +113,22 @@ impl KvPool {
         };
         Self {
             shape,
+            numbers,
+            gpu,
             shared: Arc::new(Mutex::new(shelf)),
         }
     }
 
-    /// Bounds the blocks that may be out at once.
+    /// Bounds the blocks that may be out at once. Of those that are out beyond it none is taken away: they go as their
+    /// holders let go.
     pub fn set_capacity(&self, blocks: usize) {
-        self.shelf().capacity = blocks;
+        let mut shelf = self.shelf();
+        shelf.capacity = blocks;
+        let keep = blocks.saturating_sub(shelf.out).min(shelf.spare.len());
+        let surplus = shelf.spare.split_off(keep);
+        shelf.spare.shrink_to_fit();
+        drop(shelf); // giving much memory back takes a while
+        drop(surplus);
     }
 
     /// Blocks that may be out at once.
@@ -88,6 +141,13 @@ impl KvPool {
     #[must_use]
     pub fn out(&self) -> usize {
         self.shelf().out
+    }
+
+    /// Blocks there is memory for: those that are out, and those that came back and are kept for the next.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        let shelf = self.shelf();
+        shelf.out + shelf.spare.len()
     }
 
     /// Blocks that could be taken now.
@@ -103,7 +163,19 @@ impl KvPool {
         self.shape
     }
 
-    /// A block for new tokens; what is in it is not to be read. None when all are out.
+    /// What keys and values are held as.
+    #[must_use]
+    pub fn numbers(&self) -> KvNumbers {
+        self.numbers
+    }
+
+    /// Bytes of a block.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.shape.block_floats() * self.numbers.bytes()
+    }
+
+    /// A block for new tokens; what is in it is not to be read. None when all are out, or the device has no room.
     #[must_use]
     pub fn take(&self) -> Option<Arc<Block>> {
         let mut shelf = self.shelf();
@@ -113,10 +185,27 @@ impl KvPool {
         shelf.out += 1;
         let spare = shelf.spare.pop();
         drop(shelf); // fresh memory takes a while
+        let Some(storage) = spare.or_else(|| self.fresh()) else {
+            self.shelf().out -= 1;
+            return None;
+        };
         Some(Arc::new(Block {
-            floats: spare.unwrap_or_else(|| vec![0.0; self.shape.block_floats()].into()),
+            storage: Some(storage),
             pool: self.clone(),
         }))
+    }
+
+    fn fresh(&self) -> Option<Storage> {
+        let Some(gpu) = &self.gpu else {
+            return Some(Storage::Host(vec![0.0; self.shape.block_floats()].into()));
+        };
+        match gpu.buffer(self.block_bytes()) {
+            Ok(buffer) => Some(Storage::Device(buffer)),
+            Err(error) => {
+                tracing::warn!(%error, "no further block of keys and values");
+                None
+            }
+        }
     }
 
     fn shelf(&self) -> MutexGuard<'_, Shelf> {
@@ -126,18 +215,64 @@ impl KvPool {
 }
 
 impl Block {
+    fn storage(&self) -> &Storage {
+        self.storage.as_ref().expect("it is there until the end")
+    }
+
+    /// The numbers, in the host's memory.
+    fn floats(&self) -> &[f32] {
+        match self.storage() {
+            Storage::Host(floats) => floats,
+            Storage::Device(_) => unreachable!("kernels for the CPU are given blocks of the CPU"),
+        }
+    }
+
     /// Keys of a layer and head: `(BLOCK, dim)`.
+    ///
+    /// # Panics
+    /// When it is on a device.
     #[must_use]
     pub fn keys(&self, layer: usize, head: usize) -> &[f32] {
         let shape = self.pool.shape;
-        &self.floats[shape.place(layer, head)..][..BLOCK * shape.dim]
+        &self.floats()[shape.place(layer, head)..][..BLOCK * shape.dim]
     }
 
     /// Values of a layer and head: `(BLOCK, dim)`.
+    ///
+    /// # Panics
+    /// When it is on a device.
     #[must_use]
     pub fn values(&self, layer: usize, head: usize) -> &[f32] {
         let shape = self.pool.shape;
-        &self.floats[shape.place(layer, head) + BLOCK * shape.dim..][..BLOCK * shape.dim]
+        &self.floats()[shape.place(layer, head) + BLOCK * shape.dim..][..BLOCK * shape.dim]
+    }
+
+    /// Copies of the keys and values of a layer and head, each `(BLOCK, dim)`, wherever they are. Where a device fails,
+    /// there are no numbers.
+    #[must_use]
+    pub fn both(&self, layer: usize, head: usize) -> [Vec<f32>; 2] {
+        let shape = self.pool.shape;
+        let (first, count) = (shape.place(layer, head), BLOCK * shape.dim);
+        let floats = match (self.storage(), self.pool.numbers) {
+            (Storage::Host(floats), _) => floats[first..][..2 * count].to_vec(),
+            (Storage::Device(buffer), KvNumbers::F32) => {
+                buffer.read(first, 2 * count).unwrap_or_default()
+            }
+            (Storage::Device(buffer), KvNumbers::Bf16) => {
+                let numbers: Vec<bf16> = buffer.read(first, 2 * count).unwrap_or_default();
+                numbers.to_f32_vec()
+            }
+        };
+        let (keys, values) = floats.split_at(floats.len() / 2);
+        [keys.to_vec(), values.to_vec()]
+    }
+
+    /// Where it is on its device; 0 in the host's memory.
+    pub(crate) fn address(&self) -> Address {
+        match self.storage() {
+            Storage::Host(_) => 0,
+            Storage::Device(buffer) => buffer.address(),
+        }
     }
 
     /// Puts key and value of one token of a layer and head in its place, 0 to [`BLOCK`].
@@ -150,28 +285,40 @@ impl Block {
     ) {
         let shape = self.pool.shape;
         let place = shape.place(layer, head) + at * shape.dim;
-        self.floats[place..][..shape.dim].copy_from_slice(key);
-        self.floats[place + BLOCK * shape.dim..][..shape.dim].copy_from_slice(value);
+        if let Some(Storage::Host(floats)) = &mut self.storage {
+            floats[place..][..shape.dim].copy_from_slice(key);
+            floats[place + BLOCK * shape.dim..][..shape.dim].copy_from_slice(value);
+        }
     }
 
     /// A block of its own with the same numbers. None when the pool has none left.
     #[must_use]
     pub fn copied(&self) -> Option<Arc<Self>> {
         let mut copy = self.pool.take()?;
-        Arc::get_mut(&mut copy)?
-            .floats
-            .copy_from_slice(&self.floats);
+        match (&mut Arc::get_mut(&mut copy)?.storage, self.storage()) {
+            (Some(Storage::Host(to)), Storage::Host(from)) => to.copy_from_slice(from),
+            (Some(Storage::Device(to)), Storage::Device(from)) => {
+                let driver = from.gpu().driver();
+                let copied = driver.copy(to.address(), from.address(), from.bytes());
+                if let Err(error) = copied {
+                    tracing::error!(%error, "a block of keys and values could not be copied");
+                    return None;
+                }
+            }
+            _ => unreachable!("the blocks of a pool are in one place"),
+        }
         Some(copy)
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let floats = std::mem::take(&mut self.floats);
+        let storage = self.storage.take();
         let mut shelf = self.pool.shelf();
         shelf.out -= 1;
-        if shelf.capacity < usize::MAX {
-            shelf.spare.push(floats);
+        // without a bound nobody counts on the memory, and beyond a bound somebody else does
+        if shelf.capacity < usize::MAX && shelf.out + shelf.spare.len() < shelf.capacity {
+            shelf.spare.extend(storage);
         }
     }
 }
@@ -203,6 +350,28 @@ mod tests {
         assert_eq!((pool.free(), pool.out()), (1, 1));
         drop(second);
         assert_eq!(pool.out(), 0);
+    }
+
+    #[test]
+    fn memory_beyond_a_smaller_capacity_goes_back_at_once_or_with_the_last_holder() {
+        let pool = pool();
+        pool.set_capacity(6);
+        let mut blocks: Vec<_> = (0..6).map(|_| pool.take().unwrap()).collect();
+        blocks.truncate(4);
+        assert_eq!((pool.out(), pool.held()), (4, 6), "two are kept for later");
+        pool.set_capacity(5);
+        assert_eq!(pool.held(), 5);
+        pool.set_capacity(2);
+        assert_eq!((pool.held(), pool.free()), (4, 0), "four are in use");
+        assert!(pool.take().is_none());
+        blocks.truncate(1);
+        assert_eq!((pool.out(), pool.held()), (1, 2));
+        let second = pool.take().unwrap();
+        assert!(pool.take().is_none());
+        pool.set_capacity(3);
+        assert!(pool.take().is_some(), "it may grow again");
+        drop((blocks, second));
+        assert_eq!((pool.out(), pool.held()), (0, 3));
     }
 
     #[test]

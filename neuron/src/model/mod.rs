@@ -8,17 +8,23 @@ pub mod qwen3_5;
 
 pub use batch::{Batch, LogitRows, Segment};
 
+use crate::gpu::GpuError;
+use crate::kernels::rows::{Place, Rows};
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{Communicator, GroupError, Indivisible, Solo};
 use crate::quant::Format;
 use crate::weights::{self, Fault, Weights};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use qwen3_5::Qwen3_5ForCausalLm;
 use qwen3_5::config::Config;
+pub use qwen3_5::shapes::Shape;
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Is shown what passes by in a forward pass.
+pub type Probe<'a> = dyn FnMut(Seen, &Rows) + Send + 'a;
 
 /// A decoder that predicts the next token.
 ///
@@ -63,7 +69,7 @@ pub trait CausalLm: Send {
         self.forward_probed(batch, states, &mut |_, _| {})
     }
 
-    /// As [`CausalLm::forward`], showing `probe` what passes by.
+    /// As [`CausalLm::forward`], showing `probe` what passes by, where it is: what it wants it brings to the host itself.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
@@ -71,7 +77,7 @@ pub trait CausalLm: Send {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
+        probe: &mut Probe<'_>,
     ) -> Result<Tensor, ModelError>;
 
     /// Whether it can [`draft`](CausalLm::draft).
@@ -122,8 +128,8 @@ pub enum Seen {
 /// How to load a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// The device that is to hold it.
-    pub device: Device,
+    /// Where it is to be; the places of its ranks in their order, which begins anew where there are fewer.
+    pub places: Vec<Place>,
     /// Upper bound on the sequence length, below the model's own.
     pub context_length: Option<usize>,
     /// Whether to load the layer that drafts tokens, where there is one.
@@ -137,10 +143,19 @@ impl LoadOptions {
     #[must_use]
     pub fn cpu() -> Self {
         Self {
-            device: Device::Cpu,
+            places: vec![Place::Cpu],
             context_length: None,
             drafts: false,
             quant: None,
+        }
+    }
+
+    /// Where rank `rank` is to be.
+    #[must_use]
+    pub fn place(&self, rank: usize) -> &Place {
+        match self.places.len() {
+            0 => &Place::Cpu,
+            places => &self.places[rank % places],
         }
     }
 }
@@ -168,6 +183,26 @@ pub fn load_rank(
     progress: &dyn Fn(f32),
 ) -> Result<Box<dyn CausalLm>, LoadError> {
     let (config, weights) = open(folder, options, communicator, progress)?;
+    Ok(Box::new(Qwen3_5ForCausalLm::load(
+        config, &weights, options,
+    )?))
+}
+
+/// One rank's part of a model of the shape of a release, with weights that mean nothing: to measure with, without files.
+///
+/// # Errors
+/// When the device has no room.
+pub fn load_made_up(
+    shape: Shape,
+    options: &LoadOptions,
+    communicator: Arc<dyn Communicator>,
+    progress: &dyn Fn(f32),
+) -> Result<Box<dyn CausalLm>, LoadError> {
+    let name = format!("made up in the shape of {shape}");
+    let text = shape.config().to_string();
+    let config = Config::parse(PathBuf::from(&name), &text, options.context_length)?;
+    let place = options.place(communicator.rank());
+    let weights = Weights::made_up(&name, place, options.quant, communicator, progress);
     Ok(Box::new(Qwen3_5ForCausalLm::load(
         config, &weights, options,
     )?))
@@ -206,7 +241,7 @@ fn open<'a>(
     let weights = Weights::open(
         folder,
         config.grouped_heads(),
-        &options.device,
+        options.place(communicator.rank()),
         options.quant,
         communicator,
         progress,
@@ -232,6 +267,9 @@ pub enum ModelError {
     /// The device or its library refused an operation.
     #[error("device fault: {0}")]
     Device(#[from] candle_core::Error),
+    /// The same of a CUDA device.
+    #[error("device fault: {0}")]
+    Gpu(#[from] GpuError),
     /// More tokens than the blocks of the pool hold.
     #[error(transparent)]
     NoBlocks(#[from] NoBlocks),
@@ -299,6 +337,9 @@ pub enum LoadError {
     /// The device has no room, or refused an operation.
     #[error("device fault while loading: {0}")]
     Device(#[from] candle_core::Error),
+    /// The same of a CUDA device.
+    #[error("device fault while loading: {0}")]
+    Gpu(#[from] GpuError),
     /// The parts of the model cannot be brought together.
     #[error(transparent)]
     Group(#[from] GroupError),

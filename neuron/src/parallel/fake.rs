@@ -4,7 +4,7 @@ use super::{Communicator, Ranks, Threads};
 use crate::engine::fake::{FakeModel, Gate, Script};
 use crate::memory::SequenceState;
 use crate::memory::pool::KvPool;
-use crate::model::{Batch, CausalLm, Drafted, ModelError, Seen};
+use crate::model::{Batch, CausalLm, Drafted, ModelError, Probe};
 use candle_core::{Device, Tensor};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -66,7 +66,7 @@ pub(crate) fn doomed_behind(
         }
         Ok(Box::new(FakeRank {
             model: FakeModel {
-                dropped: mine,
+                dropped: mine.map(|mine| Box::new(mine) as _),
                 ..FakeModel::new(Script::Hash)
             },
             gate: match communicator.rank() {
@@ -139,7 +139,7 @@ impl CausalLm for FakeRank {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
+        probe: &mut Probe<'_>,
     ) -> Result<Tensor, ModelError> {
         self.gate.pass();
         self.meet()?;

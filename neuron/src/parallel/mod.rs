@@ -1,5 +1,7 @@
 //! Ranks: the parts of a model that is shared out, what they tell each other, and the one model they are together.
 
+use crate::kernels::rows::Rows;
+use crate::kernels::with_f32;
 use candle_core::Tensor;
 use std::fmt::Debug;
 use std::time::Duration;
@@ -71,6 +73,32 @@ pub trait Communicator: Debug + Send + Sync {
 
     /// The threads that compute for this rank alone; none where it uses those that all kernels share.
     fn pool(&self) -> Option<&rayon::ThreadPool>;
+}
+
+/// The sum of `part` over all ranks, where the parts are.
+///
+/// # Errors
+/// When the group is broken, or a device fails.
+pub fn all_reduce(communicator: &dyn Communicator, part: Rows) -> candle_core::Result<Rows> {
+    if communicator.world_size() == 1 {
+        return Ok(part);
+    }
+    match part {
+        Rows::Host(part) => Ok(Rows::Host(communicator.all_reduce(&part)?)),
+        Rows::Device(part) => {
+            let sum = communicator.all_reduce(&Rows::Device(part.clone()).tensor()?)?;
+            with_f32(&sum, |sum| part.write(sum))??;
+            Ok(Rows::Device(part))
+        }
+    }
+}
+
+/// The parts of all ranks side by side in the host's memory, for rank 0 alone.
+///
+/// # Errors
+/// As [`all_reduce`].
+pub fn gather(communicator: &dyn Communicator, part: &Rows) -> candle_core::Result<Option<Tensor>> {
+    Ok(communicator.gather(&part.tensor()?, 1)?)
 }
 
 /// Ranks can no longer work together.

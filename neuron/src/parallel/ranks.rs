@@ -7,7 +7,7 @@ use super::rank::{LoadPart, Part, RankHandle, Step, Work};
 use super::{Communicator, DEADLINE, GroupError, Threads, weight_bytes};
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
-use crate::model::{self, Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Seen};
+use crate::model::{self, Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Probe};
 use candle_core::Tensor;
 use std::path::Path;
 use std::sync::Arc;
@@ -145,8 +145,8 @@ impl CausalLm for Ranks {
 
     fn state_bytes(&self, tokens: usize) -> u64 {
         let others = self.others.iter().map(|(_, part)| {
-            let blocks = KvShape::blocks(tokens) * part.pool.shape().block_floats();
-            part.fixed_bytes + 4 * blocks as u64
+            let blocks = KvShape::blocks(tokens) * part.pool.block_bytes();
+            part.fixed_bytes + blocks as u64
         });
         self.first.state_bytes(tokens) + others.sum::<u64>()
     }
@@ -171,7 +171,7 @@ impl CausalLm for Ranks {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
+        probe: &mut Probe<'_>,
     ) -> Result<Tensor, ModelError> {
         self.together(&Work::Forward, batch, states, |states| {
             self.first.forward_probed(batch, states, probe)

@@ -19,7 +19,7 @@ const SMALL: usize = 16;
 const TOP: f32 = 63.0;
 
 /// `scale · scaleₚ · q − offset · offsetₚ`, q from 0 to 15.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::NoUninit)]
 #[repr(C)]
 pub(crate) struct Q4K {
     pub(crate) scale: f16,
@@ -31,7 +31,7 @@ pub(crate) struct Q4K {
 }
 
 /// `scale · scaleₚ · q − offset · offsetₚ`, q from 0 to 31.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::NoUninit)]
 #[repr(C)]
 pub(crate) struct Q5K {
     pub(crate) scale: f16,
@@ -45,7 +45,7 @@ pub(crate) struct Q5K {
 }
 
 /// `scale · scaleₚ · q`, q from −32 to 31, kept as q + 32.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::NoUninit)]
 #[repr(C)]
 pub(crate) struct Q6K {
     /// The lower four bits. Half a block is four quarters of 32 numbers; its first 32 bytes have quarters 0 and 2, the

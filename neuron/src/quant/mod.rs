@@ -87,7 +87,7 @@ pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format
 }
 
 /// What rows of a matrix are made of: a number, or a block of them.
-pub(crate) trait Unit: Copy + Send + Sync {
+pub(crate) trait Unit: bytemuck::NoUninit + Send + Sync {
     /// Numbers in one.
     const LEN: usize;
     /// Its bytes in files.
@@ -173,7 +173,7 @@ single_number!(
 single_number!(bf16, bf16::ZERO, bf16::from_f32, bf16::to_f32, |_| true);
 
 /// 32 numbers: `scale · values[i]`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::NoUninit)]
 #[repr(C)]
 pub(crate) struct Q8Block {
     pub(crate) scale: f16,
@@ -465,6 +465,52 @@ fn take_rows<B: Block>(
         }
     }
     fits
+}
+
+/// The rows `rows` of `source` as files have them in `format`, one after another. `None` when a number does not fit.
+///
+/// # Panics
+/// When a row is no whole number of the format's blocks.
+pub(crate) fn encode_rows(
+    format: Format,
+    rows: Range<usize>,
+    width: usize,
+    source: &(impl Rows + ?Sized),
+) -> Option<Vec<u8>> {
+    fn encode<U: Unit>(
+        rows: Range<usize>,
+        width: usize,
+        source: &(impl Rows + ?Sized),
+    ) -> Option<Vec<u8>> {
+        assert!(
+            width.is_multiple_of(U::LEN),
+            "`format_of` leaves rows of {width} numbers to other formats"
+        );
+        let of_row = width / U::LEN * U::BYTES;
+        let mut all = vec![0; rows.len() * of_row];
+        let fits = all
+            .par_chunks_exact_mut(of_row.max(1))
+            .enumerate()
+            .map_init(
+                || Scratch::<U>::new(width),
+                |scratch, (at, out)| {
+                    let fits = take_row(source, rows.start + at, scratch);
+                    out.copy_from_slice(bytemuck::cast_slice(&scratch.units));
+                    fits
+                },
+            )
+            .reduce(|| true, |one, other| one && other);
+        fits.then_some(all)
+    }
+    match format {
+        Format::F32 => encode::<f32>(rows, width, source),
+        Format::F16 => encode::<f16>(rows, width, source),
+        Format::Bf16 => encode::<bf16>(rows, width, source),
+        Format::Q8_0 => encode::<Q8Block>(rows, width, source),
+        Format::Q6K => encode::<Q6K>(rows, width, source),
+        Format::Q5K => encode::<Q5K>(rows, width, source),
+        Format::Q4K => encode::<Q4K>(rows, width, source),
+    }
 }
 
 /// Row `row` of `source` in units. False when a number does not fit.

@@ -1,5 +1,6 @@
 //! The models on this host as a state machine: loading → loaded | failed, and unloading → gone.
 
+mod budgets;
 pub mod folder;
 pub mod hub;
 pub mod preflight;
@@ -12,11 +13,11 @@ use crate::config::{Config, HubConfig, Limits};
 use crate::devices;
 use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
-use crate::engine::scheduler::Bounds;
 use crate::engine::{Engine, EngineConfig};
-use crate::memory::pool::BLOCK;
+use crate::kernels::rows::Place;
 use crate::model::{CausalLm, LoadError, LoadOptions};
 use crate::parallel;
+use budgets::{Budgets, Demand};
 use folder::{FolderError, ModelText};
 use hub::HubError;
 pub use state::{ServedModel, unix_seconds};
@@ -38,17 +39,13 @@ const STRETCH: f64 = 2.5;
 /// How long a reader may take nothing before its request is cut: long enough for a laptop to change networks.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
-/// Share of the free memory that states may take: the rest is for activations and everything else on the host.
-const STATE_SHARE: f64 = 0.9;
-/// What is kept of ended sequences takes as much again as the running ones can, and no more.
-const KEPT: u64 = 2;
-/// Share of that memory that saved recurrent states may take; the rest is for keys and values.
-const SNAPSHOT_SHARE: u64 = 4;
-
 /// Reads a model as so many ranks: [`parallel::load`], or a fake in tests.
 pub type Loader = dyn Fn(&Path, &LoadOptions, usize, &dyn Fn(f32)) -> Result<Box<dyn CausalLm>, LoadError>
     + Send
     + Sync;
+
+/// Tells how many bytes are free; none when the system does not tell.
+pub type FreeBytes = dyn Fn() -> Option<u64> + Send + Sync;
 
 /// Every model the host knows. Copies share one table.
 #[derive(Clone)]
@@ -58,6 +55,8 @@ pub struct Residency {
 
 struct Shared {
     table: Mutex<Table>,
+    /// Held while engines let go of memory, as long as a step: only by threads that may wait.
+    budgets: Mutex<Budgets>,
     changed: watch::Sender<()>,
     loader: Box<Loader>,
     limits: Limits,
@@ -138,15 +137,21 @@ impl Residency {
     /// An empty host that reads models with [`parallel::load`].
     #[must_use]
     pub fn new(config: &Config, registry: &Registry) -> Self {
-        Self::with_loader(config, registry, Box::new(parallel::load))
+        let free = || devices::free_bytes(&devices::default_device());
+        Self::with_loader(config, registry, Box::new(parallel::load), Box::new(free))
     }
 
-    /// An empty host that reads models with `loader`.
+    /// An empty host that reads models with `loader` into memory of which `free` tells.
     ///
     /// # Panics
     /// When the metrics are registered twice in one registry.
     #[must_use]
-    pub fn with_loader(config: &Config, registry: &Registry, loader: Box<Loader>) -> Self {
+    pub fn with_loader(
+        config: &Config,
+        registry: &Registry,
+        loader: Box<Loader>,
+        free: Box<FreeBytes>,
+    ) -> Self {
         let buckets = vec![
             0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
         ];
@@ -162,6 +167,7 @@ impl Residency {
         Self {
             shared: Arc::new(Shared {
                 table: Mutex::default(),
+                budgets: Mutex::new(Budgets::new(free)),
                 changed: watch::channel(()).0,
                 loader,
                 limits: config.limits,
@@ -271,6 +277,7 @@ impl Residency {
                 let shared = self.shared.clone();
                 tokio::spawn(async move {
                     model.engine.drain(shared.drain).await;
+                    shared.share_without(load).await;
                     shared.forget(&model.id, load);
                 });
             }
@@ -332,13 +339,27 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn budgets(&self) -> MutexGuard<'_, Budgets> {
+        // A budget that was not told to its engine is told with the next change.
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shares out among the others what a load had that is over.
+    async fn share_without(self: &Arc<Self>, load: u64) {
+        let shared = self.clone();
+        let shared_out = tokio::task::spawn_blocking(move || shared.budgets().leave(load)).await;
+        if let Err(error) = shared_out {
+            tracing::error!(%error, "memory was not shared anew");
+        }
+    }
+
     async fn carry_out(self: Arc<Self>, load: u64, wanted: LoadModel, progress: Arc<AtomicU32>) {
         let began = Instant::now();
         let id = wanted.id.clone();
         let shared = self.clone();
         let outcome = tokio::task::spawn_blocking(move || {
             shared
-                .read(&wanted, &progress)
+                .read(load, &wanted, &progress)
                 .map_err(|error| error.to_string())
         })
         .await
@@ -348,41 +369,52 @@ impl Shared {
         self.load_seconds
             .with_label_values(&[id.as_str(), label])
             .observe(seconds);
-        let mut table = self.table();
-        let Some(entry) = table.models.get_mut(&id).filter(|entry| entry.load == load) else {
-            return;
+        let phase = match outcome {
+            Ok(model) => {
+                let context_length = model.context_length;
+                tracing::info!(model = id, seconds, context_length, "loaded");
+                Phase::Loaded(Arc::new(model))
+            }
+            Err(reason) => {
+                tracing::error!(model = id, reason, "loading failed");
+                self.share_without(load).await;
+                Phase::Failed(reason)
+            }
         };
-        if matches!(entry.phase, Phase::Unloading(_)) {
-            table.models.remove(&id);
-            tracing::info!(model = id, "unloaded before it served");
-        } else {
-            entry.since = unix_seconds();
-            entry.phase = match outcome {
-                Ok(model) => {
-                    tracing::info!(
-                        model = id,
-                        seconds,
-                        context_length = model.context_length,
-                        "loaded"
-                    );
-                    Phase::Loaded(Arc::new(model))
-                }
-                Err(reason) => {
-                    tracing::error!(model = id, reason, "loading failed");
-                    Phase::Failed(reason)
-                }
-            };
+        if let Some(unwanted) = self.settle(&id, load, phase) {
+            if let Phase::Loaded(model) = unwanted {
+                model.engine.drain(Duration::ZERO).await; // it has no request
+                self.share_without(load).await;
+            }
+            self.forget(&id, load);
         }
-        drop(table);
         self.changed.send_replace(());
     }
 
+    /// Takes in where a load has led. Gives it back when the model is to be unloaded meanwhile.
+    fn settle(&self, id: &str, load: u64, phase: Phase) -> Option<Phase> {
+        let mut table = self.table();
+        let entry = table.models.get_mut(id);
+        let entry = entry.filter(|entry| entry.load == load);
+        let Some(entry) = entry.filter(|entry| matches!(entry.phase, Phase::Loading)) else {
+            return Some(phase);
+        };
+        entry.since = unix_seconds();
+        entry.phase = phase;
+        None
+    }
+
     /// Everything between an id and an engine. Takes as long as the disk, or the hub.
-    fn read(&self, wanted: &LoadModel, progress: &AtomicU32) -> Result<ServedModel, LoadFailed> {
+    fn read(
+        &self,
+        load: u64,
+        wanted: &LoadModel,
+        progress: &Arc<AtomicU32>,
+    ) -> Result<ServedModel, LoadFailed> {
         let folder = hub::resolve(&wanted.source, &self.hub)?;
         let device = devices::default_device();
         let options = LoadOptions {
-            device: device.clone(),
+            places: vec![Place::Cpu],
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
@@ -390,20 +422,26 @@ impl Shared {
             quant: wanted.quant,
         };
         let ranks = wanted.ranks();
-        preflight::check(&folder, &options, ranks, devices::free_bytes(&device))?;
+        {
+            let mut budgets = self.budgets();
+            let room = budgets.room_for_weights();
+            let weights = preflight::check(&folder, &options, ranks, room)?;
+            budgets.reserve(load, weights, progress.clone());
+        }
         let text = ModelText::load(&folder)?;
         let model = (self.loader)(&folder, &options, ranks, &|share| {
             progress.store(share.to_bits(), Ordering::Relaxed);
         })?;
         let context_length = model.context_length();
-        let free = devices::free_bytes(&device);
-        let free = free.map_or(u64::MAX, |free| (free as f64 * STATE_SHARE) as u64);
-        let free = free.min(self.limits.state_bytes.unwrap_or(u64::MAX));
-        preflight::check_context(&folder, context_length, free, |tokens| {
+        let weight_bytes = model.weight_bytes();
+        // nobody else may be given what this model is until its engine is known
+        let mut budgets = self.budgets();
+        let room = budgets.room_for_states(load);
+        let room = room.min(self.limits.state_bytes.unwrap_or(u64::MAX));
+        preflight::check_context(&folder, context_length, room, |tokens| {
             model.state_bytes(tokens)
         })?;
-        let (max_running, blocks, snapshot_bytes) = self.share(&*model, free);
-        let weight_bytes = model.weight_bytes();
+        let bounds = budgets.admit(load, Demand::of(&*model, self.limits));
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
             vocab: text.tokenizer.vocab_size(),
@@ -411,47 +449,23 @@ impl Shared {
                 max_waiting: self.limits.max_waiting,
                 max_prompt_tokens: self.limits.max_queued_prompt_tokens,
             },
-            bounds: Bounds {
-                max_running,
-                prefill_tokens: self.limits.prefill_chunk_tokens,
-                blocks,
-                drafts: self.limits.draft_tokens,
-            },
+            bounds,
             stretch: STRETCH,
-            snapshot_bytes,
             stall_limit: STALL_LIMIT,
         };
         let metrics = self.engine_metrics.of(&wanted.id);
+        let engine = Engine::start(model, engine_config, metrics).map_err(LoadFailed::Thread)?;
+        budgets.started(load, engine.clone());
+        drop(budgets);
         Ok(ServedModel {
             id: wanted.id.clone(),
             text,
-            engine: Engine::start(model, engine_config, metrics).map_err(LoadFailed::Thread)?,
+            engine,
             context_length,
             weight_bytes,
             devices: vec![devices::id_of(&device)],
             created: unix_seconds(),
         })
-    }
-
-    /// Shares the `free` memory for states out, of which one sequence of full length takes all at the most: how many
-    /// sequences may run, on how many blocks, and bytes of saved states.
-    fn share(&self, model: &dyn CausalLm, free: u64) -> (usize, usize, u64) {
-        let fixed = model.state_bytes(0).max(1);
-        let longest = model.state_bytes(model.context_length());
-        let most = longest.saturating_mul(self.limits.max_running as u64);
-        let all = most.saturating_mul(KEPT).min(free);
-        let snapshots = (all / SNAPSHOT_SHARE).min(all - longest);
-        let left = all - snapshots;
-        let running = usize::try_from(1 + (left - longest) / fixed).unwrap_or(usize::MAX);
-        let running = running.min(self.limits.max_running);
-        let block_bytes = (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1);
-        let blocks = (left - running as u64 * fixed) / block_bytes;
-        let kept = if self.limits.prefix_cache {
-            snapshots
-        } else {
-            0
-        };
-        (running, usize::try_from(blocks).unwrap_or(usize::MAX), kept)
     }
 
     fn forget(&self, id: &str, load: u64) {

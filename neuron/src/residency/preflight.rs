@@ -41,7 +41,7 @@ pub enum PreflightError {
     },
     /// The weights fit, but the state of one sequence of full length does not.
     #[error(
-        "{folder}: a sequence of {context} tokens needs {} beside the weights and {} are free; set context_length to {fits} or less",
+        "{folder}: a sequence of {context} tokens needs {} beside the weights and {} are free; unload another model, or set context_length to {fits} or less",
         show(*need),
         show(*free)
     )]
@@ -71,7 +71,7 @@ fn show(bytes: u64) -> String {
 }
 
 /// Checks that the weights of `folder` are there, can be shared among `ranks`, and fit into `free` bytes as `options` want
-/// them held. Ranks of a CPU share its memory.
+/// them held; returns how many bytes they take. Ranks of a CPU share its memory.
 ///
 /// # Errors
 /// The first reason why a load would fail.
@@ -80,7 +80,7 @@ pub fn check(
     options: &LoadOptions,
     ranks: usize,
     free: Option<u64>,
-) -> Result<(), PreflightError> {
+) -> Result<u64, PreflightError> {
     let mut need = if folder.is_file() {
         need_of_file(folder, options.quant)?
     } else {
@@ -96,7 +96,7 @@ pub fn check(
             need,
             free,
         }),
-        _ => Ok(()),
+        _ => Ok(need),
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) fn host() -> Host {
         Ok(Box::new(model) as Box<dyn CausalLm>)
     });
     Host {
-        residency: Residency::with_loader(&config, &Registry::new(), loader),
+        residency: Residency::with_loader(&config, &Registry::new(), loader, Box::new(|| None)),
         loads,
         release,
     }

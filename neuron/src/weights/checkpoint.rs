@@ -8,8 +8,10 @@ use crate::quant::{self, Format};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -121,6 +123,8 @@ pub(super) struct Checkpoint {
     place: PathBuf,
     files: Vec<(String, Mmap)>,
     entries: HashMap<String, Entry>,
+    /// Whatever a model asks for is there, in numbers that mean nothing.
+    made_up: bool,
 }
 
 #[derive(Deserialize)]
@@ -136,6 +140,7 @@ impl Checkpoint {
             place: place.to_path_buf(),
             files: Vec::new(),
             entries: HashMap::new(),
+            made_up: false,
         };
         if place.is_dir() {
             checkpoint.add_folder(place)?;
@@ -144,6 +149,17 @@ impl Checkpoint {
         }
         checkpoint.entries = canonical(checkpoint.entries, heads);
         Ok(checkpoint)
+    }
+
+    /// A checkpoint that has every tensor in whatever shape it is asked for, with numbers that mean nothing but have the spread
+    /// of a real model's. `name` stands where errors name a folder.
+    pub(super) fn made_up(name: &str) -> Self {
+        Self {
+            place: name.into(),
+            files: Vec::new(),
+            entries: HashMap::new(),
+            made_up: true,
+        }
     }
 
     fn add_folder(&mut self, folder: &Path) -> Result<(), LoadError> {
@@ -218,12 +234,17 @@ impl Checkpoint {
             .sum()
     }
 
-    pub(super) fn find(&self, name: &str) -> Option<&[usize]> {
-        self.entries.get(name).map(|entry| &entry.shape[..])
+    /// Whether the tensor `name` is there. Of made-up ones those are that a text model of one file has.
+    pub(super) fn has(&self, name: &str) -> bool {
+        let plain = || !name.starts_with("model.language_model.") && !name.starts_with("mtp.");
+        self.entries.contains_key(name) || self.made_up && plain()
     }
 
     /// The tensor `name`, which must have `shape` and numbers of a kind that is read.
     pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Source<'_>, Fault> {
+        if self.made_up {
+            return Ok(Source::made_up(name, shape));
+        }
         let Some(entry) = self.entries.get(name) else {
             return Err(Fault::Missing {
                 name: name.into(),
@@ -251,8 +272,8 @@ impl Checkpoint {
         };
         Ok(Source {
             format,
-            entry,
-            mapped,
+            entry: Cow::Borrowed(entry),
+            bytes: Bytes::Mapped(mapped),
         })
     }
 }
@@ -300,11 +321,77 @@ pub(super) fn shards(path: &Path, first: &Gguf) -> Vec<PathBuf> {
 pub(super) struct Source<'a> {
     /// How the file has its numbers.
     format: Format,
-    entry: &'a Entry,
-    mapped: &'a Mmap,
+    entry: Cow<'a, Entry>,
+    bytes: Bytes<'a>,
+}
+
+/// Where the bytes of a tensor come from.
+enum Bytes<'a> {
+    Mapped(&'a Mmap),
+    /// From nowhere: bf16 numbers of this spread, which follow from their place and the name of the tensor.
+    MadeUp {
+        seed: u64,
+        spread: f32,
+    },
+}
+
+impl Bytes<'_> {
+    /// Copies the bytes from `from` on.
+    fn copy(&self, from: usize, out: &mut [u8]) {
+        match self {
+            Self::Mapped(mapped) => out.copy_from_slice(&mapped[from..from + out.len()]),
+            Self::MadeUp { seed, spread } => {
+                let scale = spread / f32::from(i16::MAX);
+                let words = out.chunks_mut(8).zip(from as u64 / 8..);
+                for (out, at) in words {
+                    let mut word = splitmix(seed.wrapping_add(at));
+                    for number in out.chunks_mut(2) {
+                        let bits = (f32::from(word as i16) * scale).to_bits() >> 16; // of bf16
+                        number.copy_from_slice(&(bits as u16).to_le_bytes()[..number.len()]);
+                        word >>= 16;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The output of SplitMix64 for one state (Steele, Lea, Flood, 2014).
+fn splitmix(state: u64) -> u64 {
+    let mut z = state.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 impl Source<'_> {
+    fn made_up(name: &str, shape: &[usize]) -> Self {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        let count: usize = shape.iter().product();
+        // what a matrix makes has the spread of what it is multiplied with; norms and gates are near their resting place
+        let spread = match shape {
+            [_, width] => (3.0 / *width as f32).sqrt(),
+            _ => 0.1,
+        };
+        let entry = Entry {
+            file: 0,
+            stored: Stored::Format(Format::Bf16),
+            shape: shape.to_vec(),
+            bytes: std::iter::once(0..2 * count).collect(),
+            columns: Vec::new(),
+            change: Change::None,
+        };
+        Self {
+            format: Format::Bf16,
+            entry: Cow::Owned(entry),
+            bytes: Bytes::MadeUp {
+                seed: hasher.finish(),
+                spread,
+            },
+        }
+    }
+
     /// The format to hold it in when nothing else is asked for. Blocks of 256 cannot be moved where the columns of a head
     /// are put elsewhere: their numbers go into smaller ones, which round them by far less than the blocks did.
     pub(super) fn format(&self) -> Format {
@@ -331,17 +418,16 @@ impl Source<'_> {
     /// Lets the kernel take back the memory in which the file's bytes of `run` lie: what was read stays in the page cache,
     /// but is no longer this process's, so that a checkpoint is not there twice while it is converted.
     pub(super) fn give_back(&self, run: Range<usize>) {
+        let Bytes::Mapped(mapped) = self.bytes else {
+            return;
+        };
         let (numbers, _) = self.entry.unit();
         let whole = run.start / numbers * numbers..run.end.next_multiple_of(numbers);
         for bytes in self.entry.locate(whole) {
             // SAFETY: the mapping is of a file and read-only, so its pages come back with the same bytes when asked for
             #[allow(unsafe_code)]
             let told = unsafe {
-                self.mapped.unchecked_advise_range(
-                    UncheckedAdvice::DontNeed,
-                    bytes.start,
-                    bytes.len(),
-                )
+                mapped.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len())
             };
             if let Err(error) = told {
                 tracing::debug!(%error, "the kernel keeps pages of a checkpoint");
@@ -358,7 +444,7 @@ impl Source<'_> {
         }
         for bytes in self.entry.locate(run) {
             let (own, rest) = out.split_at_mut(bytes.len());
-            own.copy_from_slice(&self.mapped[bytes]);
+            self.bytes.copy(bytes.start, own);
             out = rest;
         }
         true
@@ -399,7 +485,14 @@ impl Source<'_> {
         }
         for bytes in self.entry.locate(run) {
             let (own, rest) = out.split_at_mut(bytes.len() / size * numbers);
-            quant::decode(self.format, &self.mapped[bytes], own);
+            match self.bytes {
+                Bytes::Mapped(mapped) => quant::decode(self.format, &mapped[bytes], own),
+                Bytes::MadeUp { .. } => {
+                    let mut copied = vec![0; bytes.len()];
+                    self.bytes.copy(bytes.start, &mut copied);
+                    quant::decode(self.format, &copied, own);
+                }
+            }
             out = rest;
         }
     }

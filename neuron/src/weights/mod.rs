@@ -4,6 +4,9 @@
 //! checked whatever the world size. What is missing or has another shape is collected, so that [`Weights::finish`]
 //! can name all of it at once.
 
+use crate::gpu::GpuError;
+use crate::kernels::cuda::{DeviceMatrix, matrix};
+use crate::kernels::rows::{Place, Vector, Weight};
 use crate::model::LoadError;
 use crate::parallel::Communicator;
 use crate::quant::panels::PANEL;
@@ -83,7 +86,7 @@ pub struct Weights<'a> {
 
 struct Shared<'a> {
     checkpoint: Checkpoint,
-    device: Device,
+    place: Place,
     /// The number format that was asked for.
     quant: Option<Format>,
     communicator: Arc<dyn Communicator>,
@@ -196,34 +199,58 @@ impl fmt::Display for Fault {
 type Cut = Vec<Range<usize>>;
 
 impl<'a> Weights<'a> {
-    /// Opens `place`: a folder with safetensors files, one or those that an index names, or a GGUF file. `heads` are those
+    /// Opens `folder`, for a model that is to be at `place`: a folder with safetensors files, one or those that an index names, or a GGUF file. `heads` are those
     /// of the linear attention, by which some checkpoints group rows; `quant` is the number format asked for, see [`format_of`].
     ///
     /// # Errors
     /// When a file is missing, cut short or of another kind.
     pub fn open(
-        place: &Path,
+        folder: &Path,
         heads: GroupedHeads,
-        device: &Device,
+        place: &Place,
         quant: Option<Format>,
         communicator: Arc<dyn Communicator>,
         progress: &'a dyn Fn(f32),
     ) -> Result<Self, LoadError> {
-        let checkpoint = Checkpoint::open(place, heads)?;
+        let checkpoint = Checkpoint::open(folder, heads)?;
+        Ok(Self::of(checkpoint, place, quant, communicator, progress))
+    }
+
+    /// Weights of no checkpoint: whatever is asked for is there, in numbers that mean nothing but have the spread of a real
+    /// model's. `name` stands where errors name a folder.
+    #[must_use]
+    pub fn made_up(
+        name: &str,
+        place: &Place,
+        quant: Option<Format>,
+        communicator: Arc<dyn Communicator>,
+        progress: &'a dyn Fn(f32),
+    ) -> Self {
+        let checkpoint = Checkpoint::made_up(name);
+        Self::of(checkpoint, place, quant, communicator, progress)
+    }
+
+    fn of(
+        checkpoint: Checkpoint,
+        place: &Place,
+        quant: Option<Format>,
+        communicator: Arc<dyn Communicator>,
+        progress: &'a dyn Fn(f32),
+    ) -> Self {
         let shared = Shared {
             bytes: checkpoint.bytes(),
             checkpoint,
-            device: device.clone(),
+            place: place.clone(),
             quant,
             communicator,
             progress,
             planned: Cell::new(false),
             book: RefCell::default(),
         };
-        Ok(Self {
+        Self {
             shared: Rc::new(shared),
             prefix: String::new(),
-        })
+        }
     }
 
     /// The same with nothing read from now on: matrices have no rows and tensors no numbers, and [`Self::finish`] counts what
@@ -249,10 +276,24 @@ impl<'a> Weights<'a> {
         self.shared.communicator.clone()
     }
 
+    /// Where the model is to be.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.shared.place
+    }
+
+    /// Numbers of a layer, brought to where the model is.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn vector(&self, numbers: Vec<f32>) -> Result<Vector, GpuError> {
+        Vector::new(numbers, self.place())
+    }
+
     /// Whether the checkpoint has a tensor of this name.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.shared.checkpoint.find(&self.full(&name)).is_some()
+        self.shared.checkpoint.has(&self.full(&name))
     }
 
     /// The whole tensor, on every rank.
@@ -297,7 +338,7 @@ impl<'a> Weights<'a> {
     /// copied: what they give is summed over ranks.
     #[must_use]
     pub fn row_parallel(&self, name: &str, out: usize, parts: usize, width: usize) -> Part<'_, 'a> {
-        let (_, world) = self.place();
+        let (_, world) = self.rank();
         let share = if parts.is_multiple_of(world) {
             self.share(name, parts)
         } else {
@@ -315,7 +356,7 @@ impl<'a> Weights<'a> {
         vocabulary: usize,
         width: usize,
     ) -> (Part<'_, 'a>, usize) {
-        let (rank, world) = self.place();
+        let (rank, world) = self.rank();
         let rows = rank * vocabulary / world..(rank + 1) * vocabulary / world;
         let start = rows.start;
         (
@@ -376,7 +417,7 @@ impl<'a> Weights<'a> {
         self.shared.book.borrow_mut()
     }
 
-    fn place(&self) -> (usize, usize) {
+    fn rank(&self) -> (usize, usize) {
         (
             self.shared.communicator.rank(),
             self.shared.communicator.world_size(),
@@ -385,7 +426,7 @@ impl<'a> Weights<'a> {
 
     /// This rank's share of `parts`; copied to neighbours when there are fewer parts than ranks.
     fn share(&self, name: &str, parts: usize) -> Range<usize> {
-        let (rank, world) = self.place();
+        let (rank, world) = self.rank();
         if parts.is_multiple_of(world) {
             let each = parts / world;
             return rank * each..(rank + 1) * each;
@@ -399,7 +440,7 @@ impl<'a> Weights<'a> {
 
     /// Notes that `parts` cannot be shared, and goes on with one of them.
     fn cut(&self, name: &str, parts: usize) -> Range<usize> {
-        let (_, world_size) = self.place();
+        let (_, world_size) = self.rank();
         let fault = Fault::Cut {
             name: self.full(&name),
             parts,
@@ -571,7 +612,7 @@ impl Part<'_, '_> {
     ///
     /// # Errors
     /// When the device has no room; faults of the file are kept for [`Weights::finish`].
-    pub fn matrix(self) -> Result<Matrix, LoadError> {
+    pub fn matrix(self) -> Result<Weight, LoadError> {
         let (rows, width) = (self.held.row_count(), self.held.width());
         let shared = &self.weights.shared;
         let Some(source) = self.source()? else {
@@ -579,8 +620,11 @@ impl Part<'_, '_> {
         };
         let format = format_of(&self.name, width, source.format(), shared.quant);
         if shared.planned.get() {
-            let filled = rows.next_multiple_of(PANEL); // as the matrix would be
-            self.weights.book().bytes_kept += quant::bytes(format, filled * width) as u64;
+            let bytes = match shared.place {
+                Place::Cpu => quant::bytes(format, rows.next_multiple_of(PANEL) * width), // whole panels
+                Place::Gpu(_) => matrix::bytes(format, rows, width),
+            };
+            self.weights.book().bytes_kept += bytes as u64;
             return Ok(Self::stand_in());
         }
         let held = Held {
@@ -592,7 +636,12 @@ impl Part<'_, '_> {
             self.weights.count(source.stored(own.len() * width));
             held.give_back(own);
         };
-        let Some(matrix) = Matrix::from_rows(format, rows, width, &held, taken) else {
+        let matrix = match &shared.place {
+            Place::Cpu => Matrix::from_rows(format, rows, width, &held, taken).map(Weight::Host),
+            Place::Gpu(gpu) => DeviceMatrix::from_rows(gpu, format, (rows, width), &held, taken)?
+                .map(Weight::Device),
+        };
+        let Some(matrix) = matrix else {
             let name = self.name.clone();
             self.weights.fault(Fault::Range { name, format })?;
             return Ok(Self::stand_in());
@@ -604,7 +653,7 @@ impl Part<'_, '_> {
         Ok(matrix)
     }
 
-    /// A tensor in f32, for what is no matrix of a projection.
+    /// A tensor in f32 in the host's memory, for what is no matrix of a projection.
     ///
     /// # Errors
     /// As [`Part::matrix`].
@@ -615,12 +664,11 @@ impl Part<'_, '_> {
         if self.shape.len() == 2 {
             shape[1] = width;
         }
-        let device = &self.weights.shared.device;
         let source = self.source()?;
         let planned = self.weights.shared.planned.get();
         let (Some(source), false) = (source, planned) else {
             self.weights.book().bytes_kept += 4 * (rows * width) as u64;
-            return Ok(Tensor::zeros(shape, DType::F32, device)?);
+            return Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
         };
         let mut numbers = vec![0.0; rows * width];
         let held = Held {
@@ -634,7 +682,7 @@ impl Part<'_, '_> {
         source.give_back(0..self.shape.iter().product());
         self.weights.book().bytes_kept += 4 * numbers.len() as u64;
         self.weights.count(source.stored(numbers.len()));
-        Ok(Tensor::from_vec(numbers, shape, device)?)
+        Ok(Tensor::from_vec(numbers, shape, &Device::Cpu)?)
     }
 
     /// The file's tensor; none, and a fault noted, where it is not as needed.
@@ -648,8 +696,8 @@ impl Part<'_, '_> {
     }
 
     /// Loading goes on with it, to find the other faults, and then fails.
-    fn stand_in() -> Matrix {
-        Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {}, |_| {})
-            .expect("there is no number in it")
+    fn stand_in() -> Weight {
+        let empty = Matrix::from_rows(Format::F32, 0, 0, &|_, _: &mut [f32]| {}, |_| {});
+        Weight::Host(empty.expect("there is no number in it"))
     }
 }

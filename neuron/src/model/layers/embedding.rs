@@ -1,9 +1,10 @@
 //! From token ids to vectors and from vectors to logits, over a table whose rows are shared among ranks.
 
-use crate::kernels::linear::linear;
+use crate::kernels::cuda::Step;
+use crate::kernels::rows::{Rows, Weight, linear};
 use crate::model::LoadError;
-use crate::parallel::Communicator;
-use crate::quant::Matrix;
+use crate::parallel::{Communicator, all_reduce, gather};
+use crate::quant::{Format, Matrix};
 use crate::weights::Weights;
 use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 /// The embedding table: each rank holds some rows and adds nothing for the others.
 #[derive(Debug)]
 pub struct VocabParallelEmbedding {
-    rows: Matrix,
+    rows: Weight,
     start: usize,
     communicator: Arc<dyn Communicator>,
 }
@@ -36,22 +37,36 @@ impl VocabParallelEmbedding {
         })
     }
 
-    /// The vectors of `ids`, which are in the vocabulary: (t, width).
+    /// The vectors of `ids`, which are in the vocabulary: (t, width). On a device they are those in the tables of `step`.
     ///
     /// # Errors
-    /// When an operation between ranks fails.
-    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
-        let width = self.rows.width();
+    /// When an operation on the device or between ranks fails.
+    pub(crate) fn forward(&self, ids: &[u32], step: Option<&Step>) -> Result<Rows> {
+        let vectors = match (&self.rows, step) {
+            (Weight::Device(rows), Some(step)) => Rows::Device(rows.embed(step, self.start)?),
+            (Weight::Host(rows), None) => Rows::Host(self.look_up(rows, ids)?),
+            _ => candle_core::bail!("tables of a step are for a model on a device"),
+        };
+        Ok(all_reduce(&*self.communicator, vectors)?)
+    }
+
+    fn look_up(&self, rows: &Matrix, ids: &[u32]) -> Result<Tensor> {
+        let width = rows.width();
         let mut vectors = vec![0.0; ids.len() * width];
         for (id, vector) in ids.iter().zip(vectors.chunks_exact_mut(width.max(1))) {
             // of another rank's rows this one adds nothing
             let row = (*id as usize).checked_sub(self.start);
-            if let Some(row) = row.filter(|row| *row < self.rows.rows()) {
-                self.rows.decode_row(row, vector);
+            if let Some(row) = row.filter(|row| *row < rows.rows()) {
+                rows.decode_row(row, vector);
             }
         }
-        let vectors = Tensor::from_vec(vectors, (ids.len(), width), &Device::Cpu)?;
-        Ok(self.communicator.all_reduce(&vectors)?)
+        Tensor::from_vec(vectors, (ids.len(), width), &Device::Cpu)
+    }
+
+    /// The format of the table.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.rows.format()
     }
 
     /// A head that uses the same table.
@@ -67,7 +82,7 @@ impl VocabParallelEmbedding {
 /// From the last hidden state to logits: each rank computes those of its rows.
 #[derive(Debug)]
 pub struct ParallelLmHead {
-    rows: Matrix,
+    rows: Weight,
     communicator: Arc<dyn Communicator>,
 }
 
@@ -90,11 +105,19 @@ impl ParallelLmHead {
         })
     }
 
-    /// Logits of every row, for the first rank, which samples; nothing for the others: (t, width) → (t, vocabulary).
+    /// Logits of every row for this rank's part of the vocabulary, where they are computed: (t, width) → (t, own vocabulary).
+    ///
+    /// # Errors
+    /// When an operation on the device fails.
+    pub(crate) fn project(&self, x: &Rows) -> Result<Rows> {
+        linear(x, &self.rows)
+    }
+
+    /// Logits of every row in the host's memory, for the first rank, which samples; nothing for the others: (t, width) → (t, vocabulary).
     ///
     /// # Errors
     /// When an operation on the device or between ranks fails.
-    pub fn forward(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.communicator.gather(&linear(x, &self.rows)?, 1)?)
+    pub fn forward(&self, x: &Rows) -> Result<Option<Tensor>> {
+        gather(&*self.communicator, &self.project(x)?)
     }
 }

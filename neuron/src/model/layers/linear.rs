@@ -1,17 +1,16 @@
 //! Projections.
 
-use crate::kernels::linear::{linear, together};
+use crate::kernels::rows::{Rows, Weight, linear, together};
 use crate::model::LoadError;
-use crate::parallel::Communicator;
-use crate::quant::Matrix;
+use crate::parallel::{Communicator, all_reduce};
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use std::sync::Arc;
 
 /// A projection that every rank holds and computes whole.
 #[derive(Debug)]
 pub struct ReplicatedLinear {
-    weight: Matrix,
+    weight: Weight,
 }
 
 impl ReplicatedLinear {
@@ -36,7 +35,7 @@ impl ReplicatedLinear {
     ///
     /// # Errors
     /// When an operation on the device fails.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Rows) -> Result<Rows> {
         linear(x, &self.weight)
     }
 }
@@ -44,7 +43,7 @@ impl ReplicatedLinear {
 /// A projection whose output is shared among ranks.
 #[derive(Debug)]
 pub struct ColumnParallelLinear {
-    weight: Matrix,
+    weight: Weight,
 }
 
 impl ColumnParallelLinear {
@@ -83,7 +82,7 @@ impl ColumnParallelLinear {
     ///
     /// # Errors
     /// When an operation on the device fails.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Rows) -> Result<Rows> {
         linear(x, &self.weight)
     }
 
@@ -91,7 +90,7 @@ impl ColumnParallelLinear {
     ///
     /// # Errors
     /// When an operation on the device fails.
-    pub fn forward_all<const N: usize>(all: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+    pub fn forward_all<const N: usize>(all: [&Self; N], x: &Rows) -> Result<[Rows; N]> {
         together(x, all.map(|one| &one.weight))
     }
 
@@ -105,7 +104,7 @@ impl ColumnParallelLinear {
 /// A projection whose input is shared among ranks; its partial results are summed over them.
 #[derive(Debug)]
 pub struct RowParallelLinear {
-    weight: Matrix,
+    weight: Weight,
     communicator: Arc<dyn Communicator>,
 }
 
@@ -135,15 +134,15 @@ impl RowParallelLinear {
     ///
     /// # Errors
     /// When an operation on the device or between ranks fails.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.communicator.all_reduce(&self.partial(x)?)?)
+    pub fn forward(&self, x: &Rows) -> Result<Rows> {
+        Ok(all_reduce(&*self.communicator, self.partial(x)?)?)
     }
 
     /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).
     ///
     /// # Errors
     /// When an operation on the device fails.
-    pub fn partial(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn partial(&self, x: &Rows) -> Result<Rows> {
         linear(x, &self.weight)
     }
 }

@@ -1,16 +1,16 @@
 //! The zero-centred root-mean-square norm.
 
-use crate::kernels::norm::rms_norm;
-use crate::kernels::with_f32;
+use crate::kernels::norm;
+use crate::kernels::rows::{Rows, Vector, add_rms_norm, rms_norm};
 use crate::model::LoadError;
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// `y = x / sqrt(mean(x²) + eps) · (1 + w)`; the checkpoint holds `w` (Qwen3_5RMSNorm).
 #[derive(Debug)]
 pub struct RmsNorm {
     /// `1 + w`.
-    scale: Vec<f32>,
+    scale: Vector,
     eps: f32,
 }
 
@@ -31,21 +31,39 @@ impl RmsNorm {
             .into_iter()
             .map(|w| 1.0 + w)
             .collect();
+        let scale = weights.vector(scale)?;
         Ok(Self { scale, eps })
     }
 
     /// Norms every row: (t, width) → (t, width).
     ///
     /// # Errors
-    /// When the tensor is not on the CPU in f32.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut y = with_f32(x, <[f32]>::to_vec)?;
-        self.in_place(&mut y);
-        Tensor::from_vec(y, x.shape(), x.device())
+    /// When an operation on the device fails.
+    pub fn forward(&self, x: &Rows) -> Result<Rows> {
+        rms_norm(x, &self.scale, self.eps)
     }
 
-    /// Norms every `width` numbers where they are.
+    /// `h ← h + x`, and the norm of that.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn add_forward(&self, h: &mut Rows, x: &Rows) -> Result<Rows> {
+        add_rms_norm(h, x, &self.scale, self.eps)
+    }
+
+    /// Norms every `width` numbers where they are, in the host's memory.
     pub fn in_place(&self, x: &mut [f32]) {
-        rms_norm(x, &self.scale, self.eps);
+        norm::rms_norm(x, self.scale.numbers(), self.eps);
+    }
+
+    /// `1 + w`.
+    pub(crate) fn scale(&self) -> &Vector {
+        &self.scale
+    }
+
+    /// What is added to the mean.
+    #[must_use]
+    pub fn eps(&self) -> f32 {
+        self.eps
     }
 }

@@ -17,6 +17,12 @@ impl RotaryEmbedding {
         }
     }
 
+    /// For each pair of dimensions, how far it turns from one position to the next.
+    #[must_use]
+    pub fn inverse_frequencies(&self) -> &[f32] {
+        &self.inverse_frequencies
+    }
+
     /// Turns the heads of one token at `position`; `heads` holds whole heads of `head_dim`.
     pub fn rotate(&self, heads: &mut [f32], head_dim: usize, position: usize) {
         let half = self.inverse_frequencies.len();

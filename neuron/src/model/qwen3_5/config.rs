@@ -172,11 +172,23 @@ impl Config {
     /// When a key is missing or asks for something that is not built.
     pub(crate) fn read(folder: &Path, context_length: Option<usize>) -> Result<Self, LoadError> {
         let (file, text) = weights::config(folder)?;
+        Self::parse(file, &text, context_length)
+    }
+
+    /// Reads `text`, which stands in `file`.
+    ///
+    /// # Errors
+    /// As [`Self::read`], but for reading the file.
+    pub(crate) fn parse(
+        file: PathBuf,
+        text: &str,
+        context_length: Option<usize>,
+    ) -> Result<Self, LoadError> {
         let json = |source| LoadError::Json {
             file: file.clone(),
             source,
         };
-        let parsed: File = serde_json::from_str(&text).map_err(json)?;
+        let parsed: File = serde_json::from_str(text).map_err(json)?;
         let outer_tie = parsed.tie_word_embeddings;
         let keys = match parsed.text_config {
             Some(mut keys) => {

@@ -6,12 +6,14 @@ use super::config::{Config, Layer, LayerKind};
 use super::gated_delta_net::GatedDeltaNet;
 use super::mlp::Mlp;
 use super::moe::SparseMoeBlock;
+use crate::kernels::rows::{Rows, add};
 use crate::memory::LayerState;
 use crate::memory::pool::KvShape;
+use crate::memory::slot::DeltaPlace;
 use crate::model::LoadError;
 use crate::model::layers::norm::RmsNorm;
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// A decoder layer with either mixer (Qwen3_5DecoderLayer).
 #[derive(Debug)]
@@ -36,10 +38,18 @@ enum Mixer {
     Linear(GatedDeltaNet),
 }
 
+/// Layers of either kind so far.
+#[derive(Debug, Default)]
+pub(super) struct Places {
+    attention: usize,
+    delta: usize,
+}
+
 impl DecoderLayer {
     pub(super) fn load(
         config: &Config,
         layer: Layer,
+        earlier: &[DeltaPlace],
         weights: &Weights<'_>,
     ) -> std::result::Result<Self, LoadError> {
         let norm = |name| RmsNorm::load(weights, name, config.hidden_size, config.rms_norm_eps);
@@ -50,7 +60,8 @@ impl DecoderLayer {
                     Mixer::Full(Attention::load(config, &weights.pp("self_attn"))?)
                 }
                 LayerKind::LinearAttention => {
-                    Mixer::Linear(GatedDeltaNet::load(config, &weights.pp("linear_attn"))?)
+                    let weights = weights.pp("linear_attn");
+                    Mixer::Linear(GatedDeltaNet::load(config, earlier, &weights)?)
                 }
             },
             post_attention_layernorm: norm("post_attention_layernorm")?,
@@ -70,33 +81,54 @@ impl DecoderLayer {
     /// (t, hidden) → (t, hidden); `index` is the layer's own place in each state.
     pub(super) fn forward(
         &self,
-        hidden: &Tensor,
+        mut hidden: Rows,
         index: usize,
         pass: &mut Pass<'_, '_>,
-    ) -> Result<Tensor> {
-        let normed = self.input_layernorm.forward(hidden)?;
+    ) -> Result<Rows> {
+        let normed = self.input_layernorm.forward(&hidden)?;
         let mixed = match &self.mixer {
             Mixer::Full(attention) => attention.forward(&normed, index, pass)?,
             Mixer::Linear(delta_net) => delta_net.forward(&normed, index, pass)?,
         };
-        let hidden = (hidden + mixed)?;
-        let normed = self.post_attention_layernorm.forward(&hidden)?;
-        &hidden
-            + match &self.mlp {
-                FeedForward::Dense(mlp) => mlp.forward(&normed)?,
-                FeedForward::Sparse(block) => block.forward(&normed, index, pass)?,
-            }
+        let normed = self
+            .post_attention_layernorm
+            .add_forward(&mut hidden, &mixed)?;
+        let fed = match &self.mlp {
+            FeedForward::Dense(mlp) => mlp.forward(&normed)?,
+            FeedForward::Sparse(block) => block.forward(&normed, index, pass)?,
+        };
+        add(&mut hidden, &fed)?;
+        Ok(hidden)
     }
 
-    /// What it remembers of a sequence that has not begun. `place` counts the layers with keys and values.
-    pub(super) fn new_state(&self, place: &mut usize) -> LayerState {
+    /// What it remembers of a sequence that has not begun; `places` counts the layers before it.
+    pub(super) fn new_state(&self, places: &mut Places) -> LayerState {
         match &self.mixer {
             Mixer::Full(_) => {
-                *place += 1;
-                LayerState::Attention(*place - 1)
+                places.attention += 1;
+                LayerState::Attention(places.attention - 1)
             }
-            Mixer::Linear(delta_net) => delta_net.new_state(),
+            Mixer::Linear(delta_net) => match delta_net.place() {
+                None => delta_net.new_state(),
+                Some(_) => {
+                    places.delta += 1;
+                    LayerState::InSlot(places.delta - 1)
+                }
+            },
         }
+    }
+
+    /// Where its state is in a slot, where that is on a device.
+    pub(super) fn delta_place(&self) -> Option<DeltaPlace> {
+        match &self.mixer {
+            Mixer::Full(_) => None,
+            Mixer::Linear(delta_net) => delta_net.place(),
+        }
+    }
+
+    /// Whether it can only be computed with the host's help, between two of its kernels.
+    pub(super) fn needs_host(&self) -> bool {
+        matches!(self.mlp, FeedForward::Sparse(_))
     }
 
     /// What it keeps of each token, where it keeps keys and values.

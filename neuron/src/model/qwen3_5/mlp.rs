@@ -1,11 +1,11 @@
 //! The feed-forward block.
 
 use super::config::Config;
-use crate::kernels::swiglu;
+use crate::kernels::rows::{Rows, swiglu};
 use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// SwiGLU (Qwen3_5MLP).
 #[derive(Debug)]
@@ -31,17 +31,17 @@ impl Mlp {
     }
 
     /// (t, hidden) → (t, hidden)
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Rows) -> Result<Rows> {
         self.down_proj.forward(&self.gated(x)?)
     }
 
     /// This rank's part of [`Mlp::forward`], to be summed over ranks.
-    pub(super) fn partial(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn partial(&self, x: &Rows) -> Result<Rows> {
         self.down_proj.partial(&self.gated(x)?)
     }
 
     /// (t, hidden) → (t, own width)
-    fn gated(&self, x: &Tensor) -> Result<Tensor> {
+    fn gated(&self, x: &Rows) -> Result<Rows> {
         // down( silu(gate x) ∘ (up x) )
         let projections = [&self.gate_proj, &self.up_proj];
         let [gate, up] = ColumnParallelLinear::forward_all(projections, x)?;

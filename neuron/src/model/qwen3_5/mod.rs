@@ -2,14 +2,23 @@
 
 use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
-use super::{Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Seen};
+use super::{
+    Batch, CausalLm, Drafted, LoadError, LoadOptions, LogitRows, ModelError, Probe, Seen, Segment,
+};
+use crate::gpu::GpuError;
+use crate::kernels::cuda::graphs::{self, Graphs};
+use crate::kernels::cuda::step::StepMemory;
+use crate::kernels::cuda::{Step, ops};
+use crate::kernels::rows::{Place, Rows};
 use crate::memory::SequenceState;
-use crate::memory::pool::{KvPool, KvShape};
+use crate::memory::pool::{KvNumbers, KvPool, KvShape};
+use crate::memory::slot::SlotPool;
 use crate::parallel::{Communicator, in_pool};
+use crate::quant::Format;
 use crate::weights::Weights;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use config::Config;
-use decoder::DecoderLayer;
+use decoder::{DecoderLayer, Places};
 use mtp::MultiTokenPredictor;
 use std::sync::Arc;
 
@@ -20,6 +29,7 @@ mod gated_delta_net;
 mod mlp;
 mod moe;
 mod mtp;
+pub(crate) mod shapes;
 
 /// What a forward pass works on, handed down through the layers.
 struct Pass<'a, 's> {
@@ -27,7 +37,21 @@ struct Pass<'a, 's> {
     states: &'a mut [&'s mut SequenceState],
     /// Where the rows of each state begin in its sequence.
     starts: Vec<usize>,
-    probe: &'a mut (dyn FnMut(Seen, &Tensor) + Send),
+    probe: &'a mut Probe<'a>,
+    /// Tables of the step, where the model is on a device.
+    step: Option<Step>,
+}
+
+impl Pass<'_, '_> {
+    /// The tables of the step.
+    fn step(&self) -> Result<&Step> {
+        let step = self.step.as_ref();
+        step.ok_or_else(|| candle_core::Error::Msg("a step on a device has tables".into()))
+    }
+
+    fn show(&mut self, what: Seen, rows: &Rows) {
+        (self.probe)(what, rows);
+    }
 }
 
 /// The whole model, or one rank's part of it (Qwen3_5ForCausalLM).
@@ -40,8 +64,11 @@ pub struct Qwen3_5ForCausalLm {
     lm_head: ParallelLmHead,
     mtp: Option<MultiTokenPredictor>,
     pool: KvPool,
+    slots: Option<SlotPool>,
     weight_bytes: u64,
-    device: Device,
+    place: Place,
+    step_memory: StepMemory,
+    graphs: Graphs,
     communicator: Arc<dyn Communicator>,
 }
 
@@ -63,12 +90,14 @@ impl Qwen3_5ForCausalLm {
             weights.pp("model")
         };
         let embed_tokens = VocabParallelEmbedding::load(&text, "embed_tokens", vocab, hidden)?;
-        let layers = config
-            .layers
-            .iter()
-            .enumerate()
-            .map(|(index, layer)| DecoderLayer::load(&config, *layer, &text.pp("layers").pp(index)))
-            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let mut layers = Vec::with_capacity(config.layers.len());
+        let mut delta_places = Vec::new();
+        for (index, layer) in config.layers.iter().enumerate() {
+            let weights = text.pp("layers").pp(index);
+            let layer = DecoderLayer::load(&config, *layer, &delta_places, &weights)?;
+            delta_places.extend(layer.delta_place());
+            layers.push(layer);
+        }
         let norm = RmsNorm::load(&text, "norm", hidden, config.rms_norm_eps)?;
         let lm_head = if config.tie_word_embeddings || !weights.has("lm_head.weight") {
             embed_tokens.tied_head()
@@ -83,8 +112,22 @@ impl Qwen3_5ForCausalLm {
         let weight_bytes = weights.finish(&["model.visual.", "mtp."])?;
         let kept = layers.iter().filter_map(DecoderLayer::kv_shape);
         let kept = kept.chain(mtp.iter().filter_map(MultiTokenPredictor::kv_shape));
+        let kept = together(kept);
+        let (pool, slots) = match weights.place() {
+            Place::Cpu => (KvPool::new(kept), None),
+            Place::Gpu(gpu) => {
+                // whoever has weights in f32 wants to see every digit
+                let numbers = match embed_tokens.format() {
+                    Format::F32 => KvNumbers::F32,
+                    _ => KvNumbers::Bf16,
+                };
+                let pool = KvPool::on_device(kept, numbers, gpu);
+                (pool, Some(SlotPool::new(gpu, delta_places)))
+            }
+        };
         Ok(Self {
-            pool: KvPool::new(together(kept)),
+            pool,
+            slots,
             config,
             embed_tokens,
             layers,
@@ -92,35 +135,43 @@ impl Qwen3_5ForCausalLm {
             lm_head,
             mtp,
             weight_bytes,
-            device: options.device.clone(),
+            place: weights.place().clone(),
+            step_memory: StepMemory::default(),
+            graphs: Graphs::default(),
             communicator: weights.communicator(),
         })
     }
 
     fn run(&self, pass: &mut Pass<'_, '_>) -> Result<Tensor> {
-        let mut hidden = self.embed_tokens.forward(&pass.batch.ids)?; // (t, hidden)
-        (pass.probe)(Seen::Hidden(0), &hidden);
-        for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&hidden, index, pass)?;
-            (pass.probe)(Seen::Hidden(index + 1), &hidden);
-        }
+        let wanted = self.last_rows(pass)?; // (wanted, hidden)
         for segment in &pass.batch.segments {
             pass.states[segment.state].len += segment.rows.len();
         }
-        let hidden = if self.mtp.is_some() {
-            let all = self.norm.forward(&hidden)?; // (t, hidden): the drafting layer follows every token
-            (pass.probe)(Seen::Final, &all);
-            self.wanted(all, pass.batch)?
-        } else {
-            self.norm.forward(&self.wanted(hidden, pass.batch)?)?
-        }; // (wanted, hidden)
-        if hidden.dim(0)? == 0 {
-            return self.no_logits(&hidden);
+        let logits = match wanted.count() {
+            0 => None,
+            _ => {
+                pass.show(Seen::HeadInput, &wanted);
+                self.lm_head.forward(&wanted)? // (wanted, vocab)
+            }
+        };
+        logits.map_or_else(|| self.no_logits(), Ok)
+    }
+
+    /// From tokens to what the head is given: (wanted, hidden).
+    fn last_rows(&self, pass: &mut Pass<'_, '_>) -> Result<Rows> {
+        let ids = &pass.batch.ids;
+        let mut hidden = self.embed_tokens.forward(ids, pass.step.as_ref())?; // (t, hidden)
+        pass.show(Seen::Hidden(0), &hidden);
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = layer.forward(hidden, index, pass)?;
+            pass.show(Seen::Hidden(index + 1), &hidden);
         }
-        (pass.probe)(Seen::HeadInput, &hidden);
-        match self.lm_head.forward(&hidden)? {
-            Some(logits) => Ok(logits), // (wanted, vocab)
-            None => self.no_logits(&hidden),
+        if self.mtp.is_some() {
+            let all = self.norm.forward(&hidden)?; // (t, hidden): the drafting layer follows every token
+            pass.show(Seen::Final, &all);
+            wanted(all, pass)
+        } else {
+            self.norm.forward(&wanted(hidden, pass)?)
         }
     }
 
@@ -130,18 +181,19 @@ impl Qwen3_5ForCausalLm {
         hidden: &Tensor,
         pass: &mut Pass<'_, '_>,
     ) -> Result<Drafted> {
-        let embeddings = self.embed_tokens.forward(&pass.batch.ids)?; // (t, hidden)
-        let x = mtp.forward(&embeddings, hidden, self.layers.len(), pass)?;
-        let hidden = self.wanted(x, pass.batch)?;
-        let logits = match hidden.dim(0)? {
+        let ids = &pass.batch.ids;
+        let embeddings = self.embed_tokens.forward(ids, pass.step.as_ref())?; // (t, hidden)
+        let hidden = Rows::placed(hidden.clone(), &self.place)?;
+        let x = mtp.forward(&embeddings, &hidden, self.layers.len(), pass)?;
+        let hidden = wanted(x, pass)?;
+        let logits = match hidden.count() {
             0 => None,
             _ => self.lm_head.forward(&hidden)?, // (wanted, vocab)
         };
-        let logits = match logits {
-            Some(logits) => logits,
-            None => self.no_logits(&hidden)?,
-        };
-        Ok(Drafted { logits, hidden })
+        Ok(Drafted {
+            logits: logits.map_or_else(|| self.no_logits(), Ok)?,
+            hidden: hidden.tensor()?,
+        })
     }
 
     fn draft_with(
@@ -151,16 +203,17 @@ impl Qwen3_5ForCausalLm {
         hidden: &Tensor,
         states: &mut [&mut SequenceState],
     ) -> std::result::Result<Drafted, ModelError> {
-        let starts = states.iter().map(|state| state.drafted).collect();
+        let starts: Vec<usize> = states.iter().map(|state| state.drafted).collect();
         for segment in &batch.segments {
             states[segment.state].make_room_for_drafts(segment.rows.len())?;
         }
-        let probe = &mut |_, _: &Tensor| {};
+        let step = self.step(batch, &starts, states)?;
         let mut pass = Pass {
             batch,
             states,
             starts,
-            probe,
+            probe: &mut |_, _| {},
+            step,
         };
         let drafts = in_pool(&*self.communicator, || {
             self.run_draft(mtp, hidden, &mut pass)
@@ -171,17 +224,92 @@ impl Qwen3_5ForCausalLm {
         Ok(drafts)
     }
 
-    /// The rows of `hidden` that need logits.
-    fn wanted(&self, hidden: Tensor, batch: &Batch) -> Result<Tensor> {
-        let wanted = batch.logit_rows();
-        if wanted.len() == batch.ids.len() {
-            return Ok(hidden);
-        }
-        hidden.index_select(&Tensor::new(wanted, &self.device)?, 0)
+    /// Whether steps like `batch` come again and again, in a model that can record them.
+    fn is_recorded(&self, batch: &Batch) -> bool {
+        let row_each = |segment: &Segment| {
+            segment.rows.len() == 1 && segment.logits != LogitRows::None && !segment.revocable
+        };
+        self.place.gpu().is_some()
+            && self.communicator.world_size() == 1
+            && batch.segments.len() <= graphs::MOST_ROWS
+            && batch.segments.iter().all(row_each)
+            && self.mtp.is_none()
+            && !self.layers.iter().any(DecoderLayer::needs_host)
     }
 
-    fn no_logits(&self, like: &Tensor) -> Result<Tensor> {
-        Tensor::zeros((0, self.config.vocab_size), like.dtype(), &self.device)
+    /// As [`CausalLm::forward`], for steps that are recorded.
+    fn forward_recorded(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        step: Step,
+    ) -> std::result::Result<Tensor, ModelError> {
+        let mut pass = Pass {
+            batch,
+            states,
+            starts: Vec::new(), // the tables have them
+            probe: &mut |_, _| {},
+            step: Some(step.clone()),
+        };
+        let logits = self.graphs.run(&step, || {
+            let wanted = self.last_rows(&mut pass)?;
+            match self.lm_head.project(&wanted)? {
+                Rows::Device(logits) => Ok(logits),
+                Rows::Host(_) => candle_core::bail!("the head is on the device"),
+            }
+        })?;
+        for segment in &batch.segments {
+            states[segment.state].len += segment.rows.len();
+        }
+        let shape = (batch.segments.len(), self.config.vocab_size);
+        Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
+    }
+
+    /// The tables of a step, where the model is on a device.
+    fn step(
+        &self,
+        batch: &Batch,
+        starts: &[usize],
+        states: &[&mut SequenceState],
+    ) -> std::result::Result<Option<Step>, GpuError> {
+        let gpu = self.place.gpu();
+        gpu.map(|gpu| Step::new(gpu, &self.step_memory, batch, starts, states))
+            .transpose()
+    }
+
+    /// Has states on a device leave a trail where rows of the step may be taken back.
+    fn begin_trails(
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> std::result::Result<(), GpuError> {
+        let revocable = |segment: &Segment| segment.revocable && segment.rows.len() > 1;
+        let several = batch.segments.iter().filter(|segment| revocable(segment));
+        let most = several.map(|segment| segment.rows.len()).max();
+        for segment in &batch.segments {
+            if let Some(slot) = states[segment.state].slot_mut() {
+                slot.begin_trail(most.filter(|_| revocable(segment)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn no_logits(&self) -> Result<Tensor> {
+        Tensor::zeros((0, self.config.vocab_size), DType::F32, &Device::Cpu)
+    }
+}
+
+/// The rows of `hidden` that need logits.
+fn wanted(hidden: Rows, pass: &Pass<'_, '_>) -> Result<Rows> {
+    let wanted = pass.batch.logit_rows();
+    if wanted.len() == pass.batch.ids.len() {
+        return Ok(hidden);
+    }
+    match &hidden {
+        Rows::Host(hidden) => {
+            let wanted = Tensor::new(wanted, &Device::Cpu)?;
+            Ok(Rows::Host(hidden.index_select(&wanted, 0)?))
+        }
+        Rows::Device(hidden) => Ok(Rows::Device(ops::wanted(hidden, pass.step()?)?)),
     }
 }
 
@@ -200,8 +328,7 @@ impl CausalLm for Qwen3_5ForCausalLm {
 
     fn state_bytes(&self, tokens: usize) -> u64 {
         let fixed: usize = self.layers.iter().map(DecoderLayer::state_floats).sum();
-        let blocks = KvShape::blocks(tokens) * self.pool.shape().block_floats();
-        4 * (fixed + blocks) as u64
+        (4 * fixed + KvShape::blocks(tokens) * self.pool.block_bytes()) as u64
     }
 
     fn pool(&self) -> &KvPool {
@@ -213,28 +340,51 @@ impl CausalLm for Qwen3_5ForCausalLm {
     }
 
     fn new_state(&self) -> SequenceState {
-        let mut place = 0;
-        let layers = self.layers.iter().map(|layer| layer.new_state(&mut place));
+        let mut places = Places::default();
+        let layers = self.layers.iter().map(|layer| layer.new_state(&mut places));
         let mut layers: Vec<_> = layers.collect();
-        layers.extend(self.mtp.iter().map(|mtp| mtp.new_state(&mut place)));
-        SequenceState::new(layers, self.pool.clone())
+        layers.extend(self.mtp.iter().map(|mtp| mtp.new_state(&mut places)));
+        let slot = self.slots.as_ref().map(SlotPool::empty);
+        SequenceState::new(layers, self.pool.clone()).with_slot(slot)
+    }
+
+    fn forward(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> std::result::Result<Tensor, ModelError> {
+        if !self.is_recorded(batch) {
+            return self.forward_probed(batch, states, &mut |_, _| {});
+        }
+        let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
+        for segment in &batch.segments {
+            states[segment.state].make_room(segment.rows.len())?;
+        }
+        Self::begin_trails(batch, states)?;
+        match self.step(batch, &starts, states)? {
+            Some(step) => self.forward_recorded(batch, states, step),
+            None => unreachable!("only a model on a device records"),
+        }
     }
 
     fn forward_probed(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
-        probe: &mut (dyn FnMut(Seen, &Tensor) + Send),
+        probe: &mut Probe<'_>,
     ) -> std::result::Result<Tensor, ModelError> {
-        let starts = states.iter().map(|state| state.len).collect();
+        let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
         for segment in &batch.segments {
             states[segment.state].make_room(segment.rows.len())?;
         }
+        Self::begin_trails(batch, states)?;
+        let step = self.step(batch, &starts, states)?;
         let mut pass = Pass {
             batch,
             states,
             starts,
             probe,
+            step,
         };
         Ok(in_pool(&*self.communicator, || self.run(&mut pass))?)
     }

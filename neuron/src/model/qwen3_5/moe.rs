@@ -3,10 +3,12 @@
 use super::config::{Config, Experts};
 use super::mlp::Mlp;
 use super::{Pass, Seen};
+use crate::kernels::cuda::{DeviceRows, ops};
+use crate::kernels::rows::Rows;
 use crate::kernels::{add_scaled, sigmoid, with_f32};
 use crate::model::LoadError;
 use crate::model::layers::linear::ReplicatedLinear;
-use crate::parallel::Communicator;
+use crate::parallel::{Communicator, all_reduce};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -60,43 +62,85 @@ impl SparseMoeBlock {
     }
 
     /// (t, hidden) → (t, hidden); `layer` is shown to the probe with the router's logits.
-    pub(super) fn forward(
+    pub(super) fn forward(&self, x: &Rows, layer: usize, pass: &mut Pass<'_, '_>) -> Result<Rows> {
+        let logits = self.gate.forward(x)?; // (t, experts)
+        pass.show(Seen::Router(layer), &logits);
+        let visits = with_f32(&logits.tensor()?, |logits| self.route(logits))?;
+        // Σ weight · expert(x)  +  sigmoid(shared_expert_gate x) · shared_expert(x)
+        let shared = self.shared_expert.partial(x)?; // (t, hidden)
+        let gates = self.shared_expert_gate.forward(x)?; // (t, 1)
+        let sum = match (x, &shared, &gates) {
+            (Rows::Host(x), Rows::Host(shared), Rows::Host(gates)) => {
+                Rows::Host(self.sum(x, shared, gates, &visits)?)
+            }
+            (Rows::Device(x), Rows::Device(shared), Rows::Device(gates)) => {
+                self.sum_on_device(x, shared, gates, &visits)?;
+                Rows::Device(shared.clone())
+            }
+            _ => unreachable!("projections of the same rows are in the same place"),
+        };
+        all_reduce(&*self.communicator, sum)
+    }
+
+    fn sum(
         &self,
         x: &Tensor,
-        layer: usize,
-        pass: &mut Pass<'_, '_>,
+        shared: &Tensor,
+        gates: &Tensor,
+        visits: &[Vec<Visit>],
     ) -> Result<Tensor> {
-        let logits = self.gate.forward(x)?; // (t, experts)
-        (pass.probe)(Seen::Router(layer), &logits);
-        let visits = with_f32(&logits, |logits| self.route(logits))?;
-        // Σ weight · expert(x)  +  sigmoid(shared_expert_gate x) · shared_expert(x)
-        let mut sum = with_f32(&self.shared_expert.partial(x)?, <[f32]>::to_vec)?; // (t, hidden)
         let (_, hidden) = x.dims2()?;
-        with_f32(&self.shared_expert_gate.forward(x)?, |gates| {
+        let mut sum = with_f32(shared, <[f32]>::to_vec)?;
+        with_f32(gates, |gates| {
             for (row, gate) in sum.chunks_exact_mut(hidden).zip(gates) {
                 let gate = sigmoid(*gate);
                 row.iter_mut().for_each(|x| *x *= gate);
             }
         })?;
-        for (expert, visits) in self.experts.iter().zip(&visits) {
-            if visits.is_empty() {
-                continue;
-            }
+        for (expert, visits) in self.visited(visits) {
             let own = with_f32(x, |x| {
                 let rows = visits
                     .iter()
                     .map(|visit| &x[visit.row * hidden..][..hidden]);
                 rows.flatten().copied().collect::<Vec<f32>>()
             })?;
-            let own = Tensor::from_vec(own, (visits.len(), hidden), x.device())?;
-            with_f32(&expert.partial(&own)?, |out| {
+            let own = Rows::Host(Tensor::from_vec(own, (visits.len(), hidden), x.device())?);
+            with_f32(&expert.partial(&own)?.tensor()?, |out| {
                 for (visit, out) in visits.iter().zip(out.chunks_exact(hidden)) {
                     add_scaled(&mut sum[visit.row * hidden..][..hidden], visit.weight, out);
                 }
             })?;
         }
-        let sum = Tensor::from_vec(sum, x.shape(), x.device())?;
-        Ok(self.communicator.all_reduce(&sum)?)
+        Tensor::from_vec(sum, x.shape(), x.device())
+    }
+
+    /// As [`Self::sum`], into `shared`.
+    fn sum_on_device(
+        &self,
+        x: &DeviceRows,
+        shared: &DeviceRows,
+        gates: &DeviceRows,
+        visits: &[Vec<Visit>],
+    ) -> Result<()> {
+        ops::scale_by_sigmoid(shared, gates)?;
+        for (expert, visits) in self.visited(visits) {
+            let rows: Vec<i32> = visits.iter().map(|visit| visit.row as i32).collect();
+            let weights: Vec<f32> = visits.iter().map(|visit| visit.weight).collect();
+            let own = Rows::Device(ops::gather_rows(x, &rows)?);
+            if let Rows::Device(out) = expert.partial(&own)? {
+                ops::scatter_add(shared, &out, &rows, &weights)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The experts that any row goes to.
+    fn visited<'a>(
+        &'a self,
+        visits: &'a [Vec<Visit>],
+    ) -> impl Iterator<Item = (&'a Mlp, &'a Vec<Visit>)> {
+        let all = self.experts.iter().zip(visits);
+        all.filter(|(_, visits)| !visits.is_empty())
     }
 
     /// The rows that go to each expert, from `(t, experts)` logits.

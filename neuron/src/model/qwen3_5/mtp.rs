@@ -2,14 +2,15 @@
 
 use super::Pass;
 use super::config::{Config, Layer, LayerKind};
-use super::decoder::DecoderLayer;
+use super::decoder::{DecoderLayer, Places};
+use crate::kernels::rows::{Rows, side_by_side};
 use crate::memory::LayerState;
 use crate::memory::pool::KvShape;
 use crate::model::LoadError;
 use crate::model::layers::linear::ReplicatedLinear;
 use crate::model::layers::norm::RmsNorm;
 use crate::weights::Weights;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// `norm( layer( fc · [ norm(embedding of token i + 1) | norm(hidden state i) ] ) )`, to go to the model's own head.
 /// The hidden state is the one after the model's final norm. It has keys and values of its own.
@@ -37,7 +38,7 @@ impl MultiTokenPredictor {
             pre_fc_norm_embedding: norm("pre_fc_norm_embedding")?,
             pre_fc_norm_hidden: norm("pre_fc_norm_hidden")?,
             fc: ReplicatedLinear::load(weights, "fc", hidden, 2 * hidden)?,
-            layer: DecoderLayer::load(config, kind, &weights.pp("layers").pp(0))?,
+            layer: DecoderLayer::load(config, kind, &[], &weights.pp("layers").pp(0))?,
             norm: norm("norm")?,
         })
     }
@@ -46,22 +47,20 @@ impl MultiTokenPredictor {
     /// `index` is the layer's place in each state.
     pub(super) fn forward(
         &self,
-        embeddings: &Tensor,
-        hidden: &Tensor,
+        embeddings: &Rows,
+        hidden: &Rows,
         index: usize,
         pass: &mut Pass<'_, '_>,
-    ) -> Result<Tensor> {
-        let both = [
-            self.pre_fc_norm_embedding.forward(embeddings)?,
-            self.pre_fc_norm_hidden.forward(hidden)?,
-        ];
-        let x = self.fc.forward(&Tensor::cat(&both, 1)?)?;
-        self.norm.forward(&self.layer.forward(&x, index, pass)?)
+    ) -> Result<Rows> {
+        let embeddings = self.pre_fc_norm_embedding.forward(embeddings)?;
+        let hidden = self.pre_fc_norm_hidden.forward(hidden)?;
+        let x = self.fc.forward(&side_by_side(&embeddings, &hidden)?)?;
+        self.norm.forward(&self.layer.forward(x, index, pass)?)
     }
 
-    /// What it remembers of a sequence that has not begun; `place` as for the model's own layers.
-    pub(super) fn new_state(&self, place: &mut usize) -> LayerState {
-        self.layer.new_state(place)
+    /// What it remembers of a sequence that has not begun; `places` as for the model's own layers.
+    pub(super) fn new_state(&self, places: &mut Places) -> LayerState {
+        self.layer.new_state(places)
     }
 
     /// What it keeps of each token.

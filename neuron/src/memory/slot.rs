@@ -1,0 +1,212 @@
+//! What the gated delta nets of a model remember of one sequence, on a device.
+
+use crate::gpu::{Address, Buffer, Gpu, GpuError, Scratch};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Where one layer's state is in a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DeltaPlace {
+    /// Numbers before it: first its convolution's tail, `(taps - 1, channels)`, then `S`, `(value heads, key dim, value dim)`.
+    pub(crate) offset: usize,
+    /// Numbers of the tail.
+    pub(crate) tail: usize,
+    /// Numbers of `S`.
+    pub(crate) state: usize,
+    /// Channels of the convolution.
+    pub(crate) channels: usize,
+    /// Numbers that earlier layers have in a trail, as so many for each row and so many once.
+    earlier: (usize, usize),
+}
+
+impl DeltaPlace {
+    /// The place behind those so far.
+    pub(crate) fn after(places: &[Self], tail: usize, state: usize, channels: usize) -> Self {
+        let (offset, earlier) = places.last().map_or((0, (0, 0)), |last| {
+            let (rows, once) = last.earlier;
+            let earlier = (rows + last.channels + last.state, once + last.tail);
+            (last.offset + last.tail + last.state, earlier)
+        });
+        Self {
+            offset,
+            tail,
+            state,
+            channels,
+            earlier,
+        }
+    }
+
+    /// Where the layer begins in a trail for `rows` rows: its convolution's tail before the step and then its inputs, and
+    /// behind them `S` after each row but the last.
+    pub(crate) fn trail_offset(&self, rows: usize) -> usize {
+        rows * self.earlier.0 + self.earlier.1
+    }
+}
+
+/// Where slots come from. Copies are handles of the same.
+#[derive(Debug, Clone)]
+pub(crate) struct SlotPool {
+    gpu: Gpu,
+    places: Arc<[DeltaPlace]>,
+    /// Memory of slots that came back.
+    spare: Arc<Mutex<Vec<Buffer>>>,
+}
+
+impl SlotPool {
+    pub(crate) fn new(gpu: &Gpu, places: Vec<DeltaPlace>) -> Self {
+        Self {
+            gpu: gpu.clone(),
+            places: places.into(),
+            spare: Arc::default(),
+        }
+    }
+
+    /// Numbers in a slot.
+    fn floats(&self) -> usize {
+        let last = self.places.last();
+        last.map_or(0, |last| last.offset + last.tail + last.state)
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<Buffer>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn memory(&self) -> Result<Buffer, GpuError> {
+        let spare = self.spare().pop();
+        spare.map_or_else(|| self.gpu.buffer(4 * self.floats()), Ok)
+    }
+
+    /// The state of a sequence that has not begun.
+    pub(crate) fn empty(&self) -> Slot {
+        let memory = self.memory().and_then(|memory| {
+            let driver = self.gpu.driver();
+            driver.zero(memory.address(), memory.bytes())?;
+            Ok(memory)
+        });
+        Slot {
+            pool: self.clone(),
+            memory: Some(memory),
+            trail: None,
+        }
+    }
+}
+
+/// The state of all gated delta nets for one sequence. Where the device had no room for it, whoever computes with it is
+/// told.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pool: SlotPool,
+    /// None only while it is dropped.
+    memory: Option<Result<Buffer, GpuError>>,
+    trail: Option<Trail>,
+}
+
+/// Earlier states of a slot, for rows that may be taken back.
+#[derive(Debug)]
+struct Trail {
+    memory: Scratch,
+    /// Rows there is room for.
+    rows: usize,
+}
+
+impl Slot {
+    fn memory(&self) -> Result<&Buffer, GpuError> {
+        let memory = self.memory.as_ref().expect("it is there until the end");
+        memory.as_ref().map_err(Clone::clone)
+    }
+
+    /// Where it is.
+    pub(crate) fn address(&self) -> Result<Address, GpuError> {
+        self.memory().map(Buffer::address)
+    }
+
+    /// Where its trail is; 0 where it has none.
+    pub(crate) fn trail_address(&self) -> Address {
+        self.trail
+            .as_ref()
+            .map_or(0, |trail| trail.memory.address())
+    }
+
+    /// Rows its trail has room for.
+    pub(crate) fn trail_rows(&self) -> usize {
+        self.trail.as_ref().map_or(0, |trail| trail.rows)
+    }
+
+    /// Forgets the trail, and where a step of up to `rows` rows may be taken back, has it leave another.
+    pub(crate) fn begin_trail(&mut self, rows: Option<usize>) -> Result<(), GpuError> {
+        self.trail = None;
+        if let Some(rows) = rows {
+            let floats = self.pool.places.last().map_or(0, |last| {
+                let own = last.tail + rows * (last.channels + last.state);
+                last.trail_offset(rows) + own
+            });
+            self.trail = Some(Trail {
+                memory: self.pool.gpu.scratch(4 * floats)?,
+                rows,
+            });
+        }
+        Ok(())
+    }
+
+    /// Goes back to where it was after the first `rows` of the last step's `of` rows, one at least.
+    pub(crate) fn keep_rows(&mut self, rows: usize, of: usize) {
+        let Some(trail) = self.trail.take().filter(|_| rows < of) else {
+            return;
+        };
+        let gone_back = self.memory().and_then(|memory| {
+            let driver = self.pool.gpu.driver();
+            for place in &*self.pool.places {
+                let to = memory.address() + 4 * place.offset as u64;
+                let floats = place.trail_offset(trail.rows);
+                let from = trail.memory.address() + 4 * floats as u64;
+                let row = 4 * (rows * place.channels) as u64;
+                driver.copy(to, from + row, 4 * place.tail)?;
+                let states = place.tail + of * place.channels + (rows - 1) * place.state;
+                let to = to + 4 * place.tail as u64;
+                driver.copy(to, from + 4 * states as u64, 4 * place.state)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = gone_back {
+            self.memory = Some(Err(error));
+        }
+    }
+
+    /// Numbers it holds.
+    pub(crate) fn floats(&self) -> usize {
+        self.pool.floats()
+    }
+
+    /// The convolution's tail and `S` of the gated delta net number `index`.
+    pub(crate) fn read(&self, index: usize) -> Result<(Vec<f32>, Vec<f32>), GpuError> {
+        let (memory, place) = (self.memory()?, self.pool.places[index]);
+        Ok((
+            memory.read(place.offset, place.tail)?,
+            memory.read(place.offset + place.tail, place.state)?,
+        ))
+    }
+}
+
+impl Clone for Slot {
+    /// A copy of the numbers, without the trail.
+    fn clone(&self) -> Self {
+        let copied = self.memory().and_then(|from| {
+            let to = self.pool.memory()?;
+            let driver = self.pool.gpu.driver();
+            driver.copy(to.address(), from.address(), from.bytes())?;
+            Ok(to)
+        });
+        Self {
+            pool: self.pool.clone(),
+            memory: Some(copied),
+            trail: None,
+        }
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(Ok(memory)) = self.memory.take() {
+            self.pool.spare().push(memory);
+        }
+    }
+}

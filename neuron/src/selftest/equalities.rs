@@ -1,0 +1,234 @@
+//! What has to be the same whatever way a model is asked: whole = in pieces = token by token, alone = in a batch, gone on
+//! from a saved state = never interrupted, taken back = never guessed.
+
+use crate::memory::SequenceState;
+use crate::model::{Batch, CausalLm, LogitRows, ModelError};
+
+/// Tokens of the prompts; the last reaches over several blocks.
+const LENGTHS: [usize; 5] = [1, 9, 16, 37, 75];
+/// Tokens that each is continued by.
+const ANSWER: usize = 6;
+
+/// One way of asking against another.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Equality {
+    /// What was compared.
+    pub what: String,
+    /// Largest difference of any logit.
+    pub difference: f32,
+    /// Whether the likeliest tokens were the same wherever one was ahead of all others by more than that.
+    pub same_tokens: bool,
+}
+
+/// Compares all ways.
+///
+/// # Errors
+/// When the model fails.
+pub fn compare(model: &dyn CausalLm) -> Result<Vec<Equality>, ModelError> {
+    let prompts: Vec<Vec<u32>> = (0u32..)
+        .zip(LENGTHS)
+        .map(|(seed, length)| prompt(model, seed, length))
+        .collect();
+    let alone: Vec<Trace> = prompts
+        .iter()
+        .map(|prompt| answer(model, prompt, prompt.len()))
+        .collect::<Result<_, _>>()?;
+    let mut found = Vec::new();
+    for piece in [1, 5, 16, 64] {
+        for (prompt, alone) in prompts.iter().zip(&alone) {
+            let pieces = answer(model, prompt, piece)?;
+            let what = format!("{} tokens in pieces of {piece}", prompt.len());
+            found.push(alone.against(&pieces, what));
+        }
+    }
+    for (length, (batched, alone)) in LENGTHS
+        .iter()
+        .zip(together(model, &prompts)?.iter().zip(&alone))
+    {
+        let what = format!("{length} tokens beside others");
+        found.push(alone.against(batched, what));
+    }
+    for (prompt, alone) in prompts.iter().zip(&alone) {
+        let resumed = resumed(model, prompt)?;
+        let what = format!("{} tokens, gone on from a saved state", prompt.len());
+        found.push(alone.against(&resumed, what));
+        let revoked = revoked(model, prompt, &alone.tokens)?;
+        let what = format!("{} tokens, guesses taken back", prompt.len());
+        found.push(alone.against(&revoked, what));
+    }
+    Ok(found)
+}
+
+/// Logits after a prompt and after each token that was chosen by them.
+struct Trace {
+    tokens: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Trace {
+    /// What `other` has that this one has not.
+    fn against(&self, other: &Self, what: String) -> Equality {
+        let mut difference = 0f32;
+        for (own, other) in self.logits.iter().zip(&other.logits) {
+            for (a, b) in own.iter().zip(other) {
+                let apart = (a - b).abs();
+                // no number is as far away as can be
+                difference = if apart.is_nan() {
+                    f32::INFINITY
+                } else {
+                    difference.max(apart)
+                };
+            }
+        }
+        let clear = |logits: &[f32]| {
+            let top = logits[top(logits) as usize];
+            logits
+                .iter()
+                .filter(|logit| top - **logit <= 2.0 * difference)
+                .count()
+                == 1
+        };
+        let steps = self
+            .logits
+            .iter()
+            .zip(self.tokens.iter().zip(&other.tokens));
+        let same = steps.map(|(logits, (own, other))| own == other || !clear(logits));
+        Equality {
+            what,
+            difference,
+            same_tokens: self.logits.len() == other.logits.len()
+                && same.fold(true, |all, one| all && one),
+        }
+    }
+}
+
+fn prompt(model: &dyn CausalLm, seed: u32, length: usize) -> Vec<u32> {
+    let entries = model.vocab_size().max(1) as u32;
+    let token = |at: u32| (at * 7919 + seed * 104_729 + at * at * 31) % entries;
+    (0..length as u32).map(token).collect()
+}
+
+fn top(logits: &[f32]) -> u32 {
+    let pairs = (0u32..).zip(logits);
+    let best = pairs.max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    best.map_or(0, |(at, _)| at)
+}
+
+fn rows(logits: &candle_core::Tensor) -> Result<Vec<Vec<f32>>, ModelError> {
+    Ok(logits.to_vec2()?)
+}
+
+/// Reads the prompt in pieces and writes an answer.
+fn answer(model: &dyn CausalLm, prompt: &[u32], piece: usize) -> Result<Trace, ModelError> {
+    let mut state = model.new_state();
+    let mut last = Vec::new();
+    for piece in prompt.chunks(piece) {
+        let batch = Batch::single(piece, LogitRows::Last);
+        last = rows(&model.forward(&batch, &mut [&mut state])?)?.remove(0);
+    }
+    go_on(model, &mut state, last)
+}
+
+/// Writes an answer from where the state is.
+fn go_on(
+    model: &dyn CausalLm,
+    state: &mut SequenceState,
+    first: Vec<f32>,
+) -> Result<Trace, ModelError> {
+    let mut trace = Trace {
+        tokens: Vec::new(),
+        logits: vec![first],
+    };
+    loop {
+        let token = top(trace.logits.last().expect("there is a first"));
+        trace.tokens.push(token);
+        if trace.tokens.len() == ANSWER {
+            return Ok(trace);
+        }
+        let batch = Batch::single(&[token], LogitRows::Last);
+        let logits = model.forward(&batch, &mut [&mut *state])?;
+        trace.logits.push(rows(&logits)?.remove(0));
+    }
+}
+
+/// All prompts at once: a new one begins in every step, whose rows stand behind those of the sequences that write already.
+fn together(model: &dyn CausalLm, prompts: &[Vec<u32>]) -> Result<Vec<Trace>, ModelError> {
+    let mut states: Vec<SequenceState> = prompts.iter().map(|_| model.new_state()).collect();
+    let mut traces: Vec<Trace> = prompts
+        .iter()
+        .map(|_| Trace {
+            tokens: Vec::new(),
+            logits: Vec::new(),
+        })
+        .collect();
+    for step in 0.. {
+        let mut batch = Batch::default();
+        let mut at_work = Vec::new();
+        for (index, trace) in traces.iter().enumerate().take(step) {
+            if trace.tokens.len() < ANSWER {
+                let token = *trace.tokens.last().expect("it has been read");
+                batch.push(index, &[token], LogitRows::Last);
+                at_work.push(index);
+            }
+        }
+        if let Some(prompt) = prompts.get(step) {
+            batch.push(step, prompt, LogitRows::Last);
+            at_work.push(step);
+        }
+        if at_work.is_empty() {
+            break;
+        }
+        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
+        let logits = rows(&model.forward(&batch, &mut lent)?)?;
+        for (index, logits) in at_work.into_iter().zip(logits) {
+            traces[index].tokens.push(top(&logits));
+            traces[index].logits.push(logits);
+        }
+    }
+    Ok(traces)
+}
+
+/// Saves the state before the prompt's last token, goes on elsewhere from it, and only then answers from the saved one.
+fn resumed(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> {
+    let (head, last) = prompt.split_at(prompt.len() - 1);
+    let mut first = model.new_state();
+    for piece in head.chunks(head.len().max(1)) {
+        model.forward(&Batch::single(piece, LogitRows::None), &mut [&mut first])?;
+    }
+    let snapshot = first.snapshot();
+    let full = head.len() / crate::memory::pool::BLOCK;
+    let blocks = (0..full).map(|at| first.block(at)).collect();
+    let other = [last, last, last].concat();
+    model.forward(&Batch::single(&other, LogitRows::None), &mut [&mut first])?;
+    drop(first);
+    let mut state = snapshot.resume(blocks);
+    let logits = model.forward(&Batch::single(last, LogitRows::Last), &mut [&mut state])?;
+    go_on(model, &mut state, rows(&logits)?.remove(0))
+}
+
+/// Feeds the right answer with wrong guesses behind it, one to three rows of which are kept.
+fn revoked(model: &dyn CausalLm, prompt: &[u32], answer: &[u32]) -> Result<Trace, ModelError> {
+    let mut state = model.new_state();
+    let logits = model.forward(&Batch::single(prompt, LogitRows::Last), &mut [&mut state])?;
+    let mut trace = Trace {
+        tokens: Vec::new(),
+        logits: rows(&logits)?,
+    };
+    let entries = model.vocab_size() as u32;
+    for (round, keep) in [1usize, 2, 3, 1].into_iter().enumerate() {
+        let from = trace.logits.len() - 1;
+        let left = (ANSWER - 1 - from).min(keep);
+        if left == 0 {
+            break;
+        }
+        let mut ids = answer[from..from + left].to_vec();
+        ids.extend((0..3).map(|guess| (answer[from] + 17 + guess + round as u32) % entries));
+        let mut batch = Batch::default();
+        batch.push_revocable(0, &ids);
+        let logits = rows(&model.forward(&batch, &mut [&mut state])?)?;
+        trace.logits.extend(logits.into_iter().take(left));
+        state.keep_rows(left, ids.len());
+    }
+    trace.tokens = trace.logits.iter().map(|logits| top(logits)).collect();
+    Ok(trace)
+}

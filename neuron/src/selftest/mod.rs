@@ -1,0 +1,439 @@
+//! `neuron selftest`: is a CUDA device right, and how fast is it? It needs nothing but the device: kernels are held to their
+//! references, models of a few layers that are in the program to golden numbers, the ways of asking one of them to each
+//! other, and models made up in the shape of releases are measured.
+
+pub mod equalities;
+
+use crate::gpu::{Gpu, GpuError, Peaks};
+use crate::kernels::rows::Place;
+use crate::model::{self, CausalLm, LoadError, LoadOptions, ModelError, Shape};
+use crate::parallel::Solo;
+use crate::quant::Format;
+use crate::verify::{self, VerifyArgs, VerifyError};
+use crate::{bench, devices};
+use equalities::Equality;
+use serde::Serialize;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What to test.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SelftestArgs {
+    /// The device.
+    #[arg(long, value_name = "ID", default_value = "cuda:0")]
+    pub device: String,
+    /// Shapes of releases to measure, made up on the device in bf16; `--shape none` measures nothing.
+    #[arg(
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        default_value = "0.8b,9b"
+    )]
+    pub shape: Vec<String>,
+    /// Tokens of the prompts that are measured.
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "512,8192"
+    )]
+    pub prompt: Vec<usize>,
+    /// Sequences that write at once.
+    #[arg(
+        long,
+        value_name = "N,…",
+        value_delimiter = ',',
+        default_value = "1,8,64"
+    )]
+    pub batch: Vec<usize>,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The test could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum SelftestError {
+    /// There is no such device, or it failed.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// A model could not be made.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A model failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A golden file could not be compared with.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    /// The fixtures could not be laid down to be read.
+    #[error("no room for the fixtures: {0}")]
+    Fixtures(#[from] std::io::Error),
+    /// There is no such shape.
+    #[error("there is no shape `{0}`; there are 0.8b, 2b, 4b, 9b, 27b and none")]
+    Shape(String),
+}
+
+/// What was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// The device's name.
+    pub device: String,
+    /// What it gives at best.
+    pub peaks: Peaks,
+    /// One entry a kernel.
+    pub kernels: Vec<Outcome>,
+    /// One entry a fixture, number format and size of pieces.
+    pub models: Vec<Outcome>,
+    /// One entry a way of asking.
+    pub equalities: Vec<Outcome>,
+    /// What was measured.
+    pub measurements: Vec<Measured>,
+}
+
+/// Whether something was as it should be.
+#[derive(Debug, Clone, Serialize)]
+pub struct Outcome {
+    /// What.
+    pub what: String,
+    /// Whether it was.
+    pub passed: bool,
+    /// What was found.
+    pub found: String,
+}
+
+/// One measurement of a made-up model.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// The model's shape.
+    pub shape: String,
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// What was measured: `prefill` or `decode`.
+    pub what: &'static str,
+    /// Sequences at once.
+    pub batch: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+    /// Over all sequences.
+    pub tokens_per_second: f64,
+    /// Of decoding: bytes of weights that a step would read if each were read once, over the device's bandwidth.
+    pub bandwidth_share: Option<f64>,
+    /// Of reading: what its matrices multiply, over the device's rate.
+    pub rate_share: Option<f64>,
+}
+
+impl Report {
+    /// Whether everything was right. Speed is not judged.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        let all = [&self.kernels, &self.models, &self.equalities];
+        all.into_iter().flatten().all(|one| one.passed)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}: copies {:.0} GB/s, multiplies bf16 at {:.0} T/s\n",
+            self.device,
+            self.peaks.bandwidth / 1e9,
+            self.peaks.bf16_rate / 1e12
+        )?;
+        for (name, part) in [
+            ("kernels against f64", &self.kernels),
+            ("models against golden numbers", &self.models),
+            ("ways of asking against each other", &self.equalities),
+        ] {
+            let passed = part.iter().filter(|one| one.passed).count();
+            writeln!(f, "{name}: {passed} of {} passed", part.len())?;
+            for one in part.iter().filter(|one| !one.passed) {
+                writeln!(f, "  FAILED {}: {}", one.what, one.found)?;
+            }
+        }
+        if self.measurements.is_empty() {
+            return Ok(());
+        }
+        writeln!(
+            f,
+            "\n| shape | | batch | tokens | tokens/s | of the bandwidth | of the bf16 rate |"
+        )?;
+        write!(f, "|---|---|--:|--:|--:|--:|--:|")?;
+        let share = |share: Option<f64>| {
+            share.map_or("–".into(), |share| format!("{:.0} %", 100.0 * share))
+        };
+        for one in &self.measurements {
+            write!(
+                f,
+                "\n| {} | {} | {} | {} | {:.1} | {} | {} |",
+                one.shape,
+                one.what,
+                one.batch,
+                one.tokens,
+                one.tokens_per_second,
+                share(one.bandwidth_share),
+                share(one.rate_share)
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Tests and measures a device.
+///
+/// # Errors
+/// When there is no such device, or measuring fails; what is wrong with it is in the report.
+pub fn run(args: &SelftestArgs) -> Result<Report, SelftestError> {
+    let shapes = args
+        .shape
+        .iter()
+        .filter(|name| *name != "none")
+        .map(|name| {
+            <Shape as clap::ValueEnum>::from_str(name, true)
+                .map_err(|_| SelftestError::Shape(name.clone()))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let gpu = devices::open_gpu(&args.device)?;
+    let peaks = Peaks::measure(&gpu, 1 << 30, 8192)?;
+    let fixtures = Fixtures::lay_down()?;
+    let (models, equalities) = models(&gpu, fixtures.folder.path(), &FIXTURES)?;
+    let mut measurements = Vec::new();
+    for shape in shapes {
+        measure(&gpu, shape, args, peaks, &mut measurements)?;
+    }
+    Ok(Report {
+        device: gpu.driver().name(),
+        peaks,
+        kernels: kernels(&gpu),
+        models,
+        equalities,
+        measurements,
+    })
+}
+
+const CHECKS: &[(&str, fn(&Gpu))] = &[];
+
+/// Every kernel against its reference.
+fn kernels(gpu: &Gpu) -> Vec<Outcome> {
+    let check = |(what, check): &(&str, fn(&Gpu))| {
+        let outcome = catch_unwind(AssertUnwindSafe(|| check(gpu)));
+        Outcome {
+            what: (*what).to_owned(),
+            passed: outcome.is_ok(),
+            found: outcome.err().map_or_else(
+                || "within its bound".into(),
+                |panic| crate::engine::words(&*panic).to_owned(),
+            ),
+        }
+    };
+    CHECKS.iter().map(check).collect()
+}
+
+/// Largest difference that passes with weights, keys and values in f32.
+const TOLERANCE: f32 = 3e-4;
+/// Mean divergence that passes with weights, keys and values in bf16.
+const BF16_KL: f64 = 2e-3;
+/// Largest difference of logits that passes between ways of asking, with numbers in f32 and in bf16. In bf16 the rounding of
+/// keys, and of what matrices are multiplied with, depends on the number of rows.
+const APART: [f32; 2] = [3e-4, 0.15];
+
+/// Every fixture in `folder`, as it should be and the same whatever way it is asked.
+fn models(
+    gpu: &Gpu,
+    folder: &Path,
+    fixtures: &[&str],
+) -> Result<(Vec<Outcome>, Vec<Outcome>), SelftestError> {
+    let (mut verified, mut compared) = (Vec::new(), Vec::new());
+    let places = [Place::Gpu(gpu.clone())];
+    for name in fixtures {
+        for (format, apart) in [Format::F32, Format::Bf16].into_iter().zip(APART) {
+            for chunk in [None, Some(7), Some(1)] {
+                let args = VerifyArgs {
+                    model: folder.join(name),
+                    reference: folder.join(name).join("golden.safetensors"),
+                    chunk,
+                    tolerance: TOLERANCE,
+                    quant: Some(format),
+                    world_size: 1,
+                    device: gpu.id().to_owned(),
+                    max_kl: (format == Format::Bf16).then_some(BF16_KL),
+                };
+                let report = verify::run_at(&args, &places)?;
+                let pieces = chunk.map_or("whole".into(), |chunk| format!("in pieces of {chunk}"));
+                verified.push(Outcome {
+                    what: format!("{name} in {format}, {pieces}"),
+                    passed: report.passed(),
+                    found: report.to_string(),
+                });
+            }
+            let options = LoadOptions {
+                places: places.to_vec(),
+                quant: Some(format),
+                ..LoadOptions::cpu()
+            };
+            let model = model::load(&folder.join(name), &options, &|_| {})?;
+            let outcome = |Equality {
+                               what,
+                               difference,
+                               same_tokens,
+                           }| Outcome {
+                what: format!("{name} in {format}, {what}"),
+                passed: difference <= apart && same_tokens,
+                found: format!("logits {difference:.1e} apart, tokens the same: {same_tokens}"),
+            };
+            compared.extend(equalities::compare(&*model)?.into_iter().map(outcome));
+        }
+    }
+    Ok((verified, compared))
+}
+
+/// Measures a made-up model.
+fn measure(
+    gpu: &Gpu,
+    shape: Shape,
+    args: &SelftestArgs,
+    peaks: Peaks,
+    measurements: &mut Vec<Measured>,
+) -> Result<(), SelftestError> {
+    let options = LoadOptions {
+        places: vec![Place::Gpu(gpu.clone())],
+        ..LoadOptions::cpu()
+    };
+    let model: Box<dyn CausalLm> = model::load_made_up(shape, &options, Arc::new(Solo), &|_| {})?;
+    let mut add = |one: bench::Measurement| {
+        let per_token = 2.0 * shape.layer_weights() as f64;
+        let rate = one.tokens_per_second * per_token / peaks.bf16_rate;
+        measurements.push(Measured {
+            shape: shape.to_string(),
+            weight_bytes: model.weight_bytes(),
+            what: one.what,
+            batch: one.batch,
+            tokens: one.tokens,
+            tokens_per_second: one.tokens_per_second,
+            bandwidth_share: one.bandwidth_share,
+            rate_share: (one.what == "prefill").then_some(rate),
+        });
+    };
+    for prompt in &args.prompt {
+        let args = bench::Measure {
+            prompt: *prompt,
+            chunk: 8192,
+            generate: 0,
+            depth: 0,
+            batch: Vec::new(),
+            rounds: 3,
+        };
+        bench::measure(&*model, &args, peaks.bandwidth)?
+            .into_iter()
+            .for_each(&mut add);
+    }
+    let args = bench::Measure {
+        prompt: 0,
+        chunk: 8192,
+        generate: 64,
+        depth: 512,
+        batch: args.batch.clone(),
+        rounds: 3,
+    };
+    bench::measure(&*model, &args, peaks.bandwidth)?
+        .into_iter()
+        .for_each(add);
+    Ok(())
+}
+
+/// The models that are in the program.
+const FIXTURES: [&str; 5] = [
+    "qwen3_5_text",
+    "qwen3_5_vl_tied",
+    "qwen3_5_moe_vl",
+    "qwen3_next_moe",
+    "qwen3_next_dense",
+];
+
+/// The fixtures as files; deleted when it is dropped.
+struct Fixtures {
+    folder: tempfile::TempDir,
+}
+
+impl Fixtures {
+    fn lay_down() -> Result<Self, std::io::Error> {
+        let folder = tempfile::tempdir()?;
+        for (name, bytes) in embedded::FILES {
+            let file = folder.path().join(name);
+            if let Some(folder) = file.parent() {
+                std::fs::create_dir_all(folder)?;
+            }
+            std::fs::write(file, bytes)?;
+        }
+        Ok(Self { folder })
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod embedded {
+    //! The files of the fixtures.
+
+    macro_rules! files {
+        ($($name:literal: $($file:literal)*;)*) => {
+            &[$($((
+                concat!($name, "/", $file),
+                include_bytes!(concat!("../../../tests/fixtures/models/", $name, "/", $file)),
+            ),)*)*]
+        };
+    }
+
+    pub(super) const FILES: &[(&str, &[u8])] = files! {
+        "qwen3_5_text": "config.json" "golden.safetensors" "model.safetensors";
+        "qwen3_5_vl_tied": "config.json" "golden.safetensors" "model.safetensors.index.json"
+            "model-00001-of-00002.safetensors" "model-00002-of-00002.safetensors";
+        "qwen3_5_moe_vl": "config.json" "golden.safetensors" "model.safetensors";
+        "qwen3_next_moe": "config.json" "golden.safetensors" "model.safetensors";
+        "qwen3_next_dense": "config.json" "golden.safetensors" "model.safetensors";
+    };
+}
+
+#[cfg(not(feature = "cuda"))]
+mod embedded {
+    //! A program that cannot use a device has no fixtures to test it with.
+
+    pub(super) const FILES: &[(&str, &[u8])] = &[];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulated::emulated_gpu;
+
+    fn folder() -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models")
+    }
+
+    fn all_pass(outcomes: &[Outcome]) {
+        assert!(!outcomes.is_empty());
+        for one in outcomes {
+            assert!(one.passed, "{}: {}", one.what, one.found);
+        }
+    }
+
+    #[test]
+    fn every_fixture_is_right_on_a_device_whatever_way_it_is_asked() {
+        let Some(gpu) = emulated_gpu() else { return };
+        let (verified, compared) = models(&gpu, &folder(), &FIXTURES).unwrap();
+        all_pass(&verified);
+        all_pass(&compared);
+    }
+
+    #[test]
+    fn the_cpu_keeps_the_same_equalities() {
+        for name in FIXTURES {
+            let model = model::load(&folder().join(name), &LoadOptions::cpu(), &|_| {}).unwrap();
+            for equality in equalities::compare(&*model).unwrap() {
+                assert!(equality.difference <= APART[0], "{name}: {equality:?}");
+                assert!(equality.same_tokens, "{name}: {equality:?}");
+            }
+        }
+    }
+}
