@@ -49,7 +49,7 @@ pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
     #[cfg(feature = "cuda")]
     return Ok(Gpu::new(
         id,
-        Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
+        std::sync::Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
     ));
     #[cfg(not(feature = "cuda"))]
     {
