@@ -67,9 +67,7 @@ pub fn unit(format: Format) -> (usize, usize) {
 #[must_use]
 pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format>) -> Format {
     const AS_STORED: [&str; 5] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc"];
-    let module = name.strip_suffix(".weight").unwrap_or(name);
-    let module = module.rsplit('.').next().unwrap_or(module);
-    let format = match (module, wanted) {
+    let format = match (module_of(name), wanted) {
         (_, None) => stored,
         (module, _) if AS_STORED.contains(&module) => stored,
         ("in_proj_qkv", Some(Format::Q6K | Format::Q5K | Format::Q4K)) => Format::Q8_0,
@@ -84,6 +82,26 @@ pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format
     } else {
         Format::F16
     }
+}
+
+/// The format on a CUDA device of a matrix for which [`format_of`] says `format`.
+///
+/// There, products of many rows with 16-bit weights round what is multiplied to 16 bits as well. What steers the recurrent
+/// state or the choice of experts is small, and is held in f32, so that nothing is rounded.
+#[must_use]
+pub fn format_on_device(name: &str, format: Format) -> Format {
+    const IN_F32: [&str; 4] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate"];
+    if IN_F32.contains(&module_of(name)) {
+        Format::F32
+    } else {
+        format
+    }
+}
+
+/// The module that the weight `name` is of: the last part of its path.
+fn module_of(name: &str) -> &str {
+    let module = name.strip_suffix(".weight").unwrap_or(name);
+    module.rsplit('.').next().unwrap_or(module)
 }
 
 /// What rows of a matrix are made of: a number, or a block of them.
@@ -621,5 +639,14 @@ mod tests {
             assert_eq!(format.as_str().parse(), Ok(format));
         }
         assert!("q2".parse::<Format>().is_err());
+        let on_device = |name| format_on_device(name, Format::Bf16);
+        assert_eq!(
+            on_device("model.layers.0.linear_attn.in_proj_a.weight"),
+            Format::F32
+        );
+        assert_eq!(
+            on_device("model.layers.0.mlp.gate_proj.weight"),
+            Format::Bf16
+        );
     }
 }

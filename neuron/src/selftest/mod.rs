@@ -252,7 +252,7 @@ const BF16_KL: f64 = 2e-3;
 /// Largest difference of logits that passes between ways of asking.
 const APART_F32: f32 = 3e-4;
 /// The same in bf16, where what matrices are multiplied with is rounded or not by the number of rows.
-const APART_BF16: f32 = 0.15;
+const APART_BF16: f32 = 0.3;
 
 /// What is looked at in a fixture.
 #[derive(Debug, Clone, Copy)]

@@ -10,7 +10,7 @@ use crate::kernels::rows::{Place, Vector, Weight};
 use crate::model::LoadError;
 use crate::parallel::Communicator;
 use crate::quant::panels::PANEL;
-use crate::quant::{self, Format, Matrix, Rows, format_of};
+use crate::quant::{self, Format, Matrix, Rows, format_of, format_on_device};
 use candle_core::{DType, Device, Tensor};
 use checkpoint::{Checkpoint, Source};
 use std::cell::{Cell, RefCell, RefMut};
@@ -618,7 +618,10 @@ impl Part<'_, '_> {
         let Some(source) = self.source()? else {
             return Ok(Self::stand_in());
         };
-        let format = format_of(&self.name, width, source.format(), shared.quant);
+        let mut format = format_of(&self.name, width, source.format(), shared.quant);
+        if shared.place.gpu().is_some() {
+            format = format_on_device(&self.name, format);
+        }
         if shared.planned.get() {
             let bytes = match shared.place {
                 Place::Cpu => quant::bytes(format, rows.next_multiple_of(PANEL) * width), // whole panels
