@@ -27,7 +27,7 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
     let once = Mutex::new(Some(model));
     let loader: Box<Loader> =
         Box::new(move |_, _, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
-    let residency = Residency::with_loader(&config, &registry, loader, Box::new(|| None));
+    let residency = Residency::with_loader(&config, &registry, loader, Arc::new(|_| None));
     let wanted = LoadModel {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),

@@ -9,13 +9,46 @@ pub use metrics::register;
 
 use crate::gpu::{Gpu, GpuError};
 use crate::kernels::rows::Place;
-use candle_core::Device;
 use protocol::node::{CudaInfo, DeviceInfo};
 
-/// The device models are loaded on.
+/// The id of the host's own processors and memory.
+pub const CPU: &str = "cpu";
+
+/// The devices that `ranks` of a model are to be on: those that are `wanted`, or else the CUDA devices with the most free
+/// memory, or the CPU where there are too few of these. See [`check`] for whether they can be.
 #[must_use]
-pub fn default_device() -> Device {
-    Device::Cpu
+pub fn choose(wanted: &[String], ranks: usize) -> Vec<String> {
+    choose_among(inventory(), wanted, ranks)
+}
+
+fn choose_among(mut here: Vec<DeviceInfo>, wanted: &[String], ranks: usize) -> Vec<String> {
+    if !wanted.is_empty() {
+        let single = wanted.iter().filter(|id| *id != CPU);
+        let mut chosen: Vec<String> = single.take(ranks).cloned().collect();
+        if chosen.len() < ranks {
+            chosen = vec![CPU.into()];
+        }
+        return chosen;
+    }
+    here.retain(|device| !device.many_ranks);
+    if here.len() < ranks {
+        return vec![CPU.into()];
+    }
+    here.sort_by_key(|device| std::cmp::Reverse(device.free_bytes));
+    here.truncate(ranks);
+    here.into_iter().map(|device| device.id).collect()
+}
+
+/// Opens the devices `ids` for a model: where each of its ranks is.
+///
+/// # Errors
+/// When one is not there, or what it needs is missing.
+pub fn open(ids: &[String]) -> Result<Vec<Place>, GpuError> {
+    let open = |id: &String| match id.as_str() {
+        CPU => Ok(Place::Cpu),
+        id => open_gpu(id).map(Place::Gpu),
+    };
+    ids.iter().map(open).collect()
 }
 
 /// Where a model is that is to be on the device `id`: the places of its ranks, which on CUDA devices get one each, from
@@ -24,12 +57,12 @@ pub fn default_device() -> Device {
 /// # Errors
 /// When there is no such device.
 pub fn places(id: &str, ranks: usize) -> Result<Vec<Place>, GpuError> {
-    if id == "cpu" {
-        return Ok(vec![Place::Cpu]);
+    if id == CPU {
+        return open(&[CPU.into()]);
     }
     let first = ordinal(id)?;
     let ids = (first..first + ranks).map(|ordinal| format!("cuda:{ordinal}"));
-    ids.map(|id| open_gpu(&id).map(Place::Gpu)).collect()
+    open(&ids.collect::<Vec<_>>())
 }
 
 /// The number of the CUDA device `id`.
@@ -47,10 +80,7 @@ fn ordinal(id: &str) -> Result<usize, GpuError> {
 pub fn open_gpu(id: &str) -> Result<Gpu, GpuError> {
     let ordinal = ordinal(id)?;
     #[cfg(feature = "cuda")]
-    return Ok(Gpu::new(
-        id,
-        std::sync::Arc::new(crate::gpu::CudaDevice::open(ordinal)?),
-    ));
+    return Ok(Gpu::of_cuda(id, crate::gpu::CudaDevice::open(ordinal)?));
     #[cfg(not(feature = "cuda"))]
     {
         let _ = ordinal;
@@ -92,22 +122,17 @@ pub fn log() {
     );
 }
 
-/// Bytes free on `device` now; none when the system does not tell.
+/// Bytes free on all of `ids` together, of which each takes an equal share; none when the system does not tell.
 #[must_use]
-pub fn free_bytes(device: &Device) -> Option<u64> {
-    match device {
-        Device::Cpu => cpu::memory().map(|memory| memory.free),
-        _ => None,
+pub fn free_bytes(ids: &[String]) -> Option<u64> {
+    if ids.iter().all(|id| id == CPU) {
+        return cpu::memory().map(|memory| memory.free);
     }
-}
-
-/// The name of `device` as [`DeviceInfo::id`] spells it.
-#[must_use]
-pub fn id_of(device: &Device) -> String {
-    match device {
-        Device::Cpu => "cpu".into(),
-        other => format!("{:?}", other.location()).to_lowercase(),
-    }
+    let here = inventory();
+    let of = |id: &String| here.iter().find(|device| device.id == *id);
+    let free = ids.iter().map(|id| of(id).map(|device| device.free_bytes));
+    let least = free.collect::<Option<Vec<u64>>>()?.into_iter().min()?;
+    Some(least.saturating_mul(ids.len() as u64))
 }
 
 /// What this build and host can do, for `GET /discovery`.
@@ -197,6 +222,26 @@ mod tests {
             free_bytes: 0,
             many_ranks,
         }
+    }
+
+    #[test]
+    fn models_go_to_free_devices_and_to_the_cpu_where_there_are_too_few() {
+        let ids = |ids: &[&str]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let sized = |id, free_bytes| DeviceInfo {
+            free_bytes,
+            ..device(id, false)
+        };
+        let here = || vec![sized("cuda:0", 5), sized("cuda:1", 7), device("cpu", true)];
+        let chosen = |wanted: &[&str], ranks| choose_among(here(), &ids(wanted), ranks);
+        assert_eq!(chosen(&[], 1), ["cuda:1"]);
+        assert_eq!(chosen(&[], 2), ["cuda:1", "cuda:0"]);
+        assert_eq!(chosen(&[], 3), ["cpu"]);
+        assert_eq!(chosen(&["cuda:0"], 1), ["cuda:0"]);
+        assert_eq!(chosen(&["cpu"], 4), ["cpu"]);
+        let cpu = vec![device("cpu", true)];
+        assert_eq!(choose_among(cpu, &[], 1), ["cpu"]);
+        assert!(free_bytes(&ids(&["cpu"])).is_some());
+        assert_eq!(free_bytes(&ids(&["cuda:77"])), None);
     }
 
     #[test]

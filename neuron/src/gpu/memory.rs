@@ -1,5 +1,7 @@
 //! Memory of a device: what is held for long, and what results pass through.
 
+#[cfg(feature = "cuda")]
+use super::CudaDevice;
 use super::{Address, Driver, GpuError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +19,9 @@ pub struct Gpu(Arc<Inner>);
 struct Inner {
     id: String,
     driver: Arc<dyn Driver>,
+    /// The same as it is to libraries beside neuron's own kernels.
+    #[cfg(feature = "nccl")]
+    cuda: Option<Arc<CudaDevice>>,
     workspace: Mutex<Workspace>,
 }
 
@@ -27,8 +32,31 @@ impl Gpu {
         Self(Arc::new(Inner {
             id: id.to_owned(),
             driver,
+            #[cfg(feature = "nccl")]
+            cuda: None,
             workspace: Mutex::default(),
         }))
+    }
+
+    /// A CUDA device, known to operators as `id`.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn of_cuda(id: &str, device: CudaDevice) -> Self {
+        let device = Arc::new(device);
+        Self(Arc::new(Inner {
+            id: id.to_owned(),
+            driver: device.clone(),
+            #[cfg(feature = "nccl")]
+            cuda: Some(device),
+            workspace: Mutex::default(),
+        }))
+    }
+
+    /// The CUDA device behind it, where it is one.
+    #[cfg(feature = "nccl")]
+    #[must_use]
+    pub fn cuda(&self) -> Option<Arc<CudaDevice>> {
+        self.0.cuda.clone()
     }
 
     /// Its name in the load call and in the discovery: `cuda:0`.

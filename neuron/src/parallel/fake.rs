@@ -1,5 +1,6 @@
 //! Ranks for tests: each computes as the engine's fake model does, after it has met the others, and one of them has a fate.
 
+use super::ranks::of_threads;
 use super::{Communicator, Ranks, Threads};
 use crate::engine::fake::{FakeModel, Gate, Script};
 use crate::memory::SequenceState;
@@ -79,7 +80,7 @@ pub(crate) fn doomed_behind(
             held: held.clone(),
         }) as Box<dyn CausalLm>)
     };
-    let group = Threads::group(world_size, deadline).unwrap();
+    let group = of_threads(Threads::group(world_size, deadline).unwrap());
     let ranks = Ranks::start(group, Arc::new(load), &|_| {}).unwrap();
     Doomed { ranks, hold, gone }
 }

@@ -1,5 +1,6 @@
 //! Ranks: the parts of a model that is shared out, what they tell each other, and the one model they are together.
 
+use crate::gpu::Address;
 use crate::kernels::rows::Rows;
 use crate::kernels::with_f32;
 use candle_core::Tensor;
@@ -71,8 +72,40 @@ pub trait Communicator: Debug + Send + Sync {
     /// What broke the group, if it is broken.
     fn fault(&self) -> Option<GroupError>;
 
+    /// What joins results that are on devices, where they need not go through the host.
+    fn on_devices(&self) -> Option<&dyn OnDevices> {
+        None
+    }
+
     /// The threads that compute for this rank alone; none where it uses those that all kernels share.
     fn pool(&self) -> Option<&rayon::ThreadPool>;
+}
+
+/// Joins what is in the memory of devices, in the order of each device's work.
+pub trait OnDevices {
+    /// The sum over all ranks of `count` f32 at `at`, in their place.
+    ///
+    /// # Errors
+    /// When the group is broken.
+    fn all_reduce(&self, at: Address, count: usize) -> Result<(), GroupError>;
+
+    /// Waits until the device has done all its work. To be called before anything that waits for the device without end:
+    /// work that waits for another rank ends only where that one comes.
+    ///
+    /// # Errors
+    /// When the group is broken, or another rank does not come.
+    fn settle(&self) -> Result<(), GroupError>;
+}
+
+/// The numbers of `rows` on the host, of a rank whose device may be waiting for others.
+///
+/// # Errors
+/// When the group is broken, or the device fails.
+pub fn brought(communicator: &dyn Communicator, rows: &Rows) -> candle_core::Result<Tensor> {
+    if let (Rows::Device(_), Some(devices)) = (rows, communicator.on_devices()) {
+        devices.settle()?;
+    }
+    rows.tensor()
 }
 
 /// The sum of `part` over all ranks, where the parts are.
@@ -86,8 +119,12 @@ pub fn all_reduce(communicator: &dyn Communicator, part: Rows) -> candle_core::R
     match part {
         Rows::Host(part) => Ok(Rows::Host(communicator.all_reduce(&part)?)),
         Rows::Device(part) => {
-            let sum = communicator.all_reduce(&Rows::Device(part.clone()).tensor()?)?;
-            with_f32(&sum, |sum| part.write(sum))??;
+            if let Some(devices) = communicator.on_devices() {
+                devices.all_reduce(part.address(), part.count() * part.width())?;
+            } else {
+                let sum = communicator.all_reduce(&Rows::Device(part.clone()).tensor()?)?;
+                with_f32(&sum, |sum| part.write(sum))??;
+            }
             Ok(Rows::Device(part))
         }
     }
@@ -98,7 +135,7 @@ pub fn all_reduce(communicator: &dyn Communicator, part: Rows) -> candle_core::R
 /// # Errors
 /// As [`all_reduce`].
 pub fn gather(communicator: &dyn Communicator, part: &Rows) -> candle_core::Result<Option<Tensor>> {
-    Ok(communicator.gather(&part.tensor()?, 1)?)
+    Ok(communicator.gather(&brought(communicator, part)?, 1)?)
 }
 
 /// Ranks can no longer work together.

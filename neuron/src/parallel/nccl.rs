@@ -6,7 +6,7 @@
 // Foreign functions.
 #![allow(unsafe_code)]
 
-use super::{Communicator, GroupError, Threads};
+use super::{Communicator, GroupError, OnDevices, Threads};
 use crate::gpu::{Address, CudaDevice, Driver, GpuError};
 use candle_core::Tensor;
 use libloading::Library;
@@ -453,8 +453,22 @@ impl Communicator for Nccl {
         self.host.fault()
     }
 
+    fn on_devices(&self) -> Option<&dyn OnDevices> {
+        Some(self)
+    }
+
     fn pool(&self) -> Option<&rayon::ThreadPool> {
         self.host.pool()
+    }
+}
+
+impl OnDevices for Nccl {
+    fn all_reduce(&self, at: Address, count: usize) -> Result<(), GroupError> {
+        self.all_reduce_device(at, count)
+    }
+
+    fn settle(&self) -> Result<(), GroupError> {
+        Nccl::settle(self)
     }
 }
 

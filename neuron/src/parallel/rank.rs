@@ -1,6 +1,6 @@
 //! One rank beside the first: a thread that owns its part of the model, and the handle that tells it what to do.
 
-use super::{Communicator, DEADLINE, GroupError, Threads};
+use super::{Communicator, DEADLINE, GroupError};
 use crate::memory::SequenceState;
 use crate::memory::pool::KvPool;
 use crate::model::{Batch, CausalLm, LoadError, ModelError};
@@ -57,8 +57,11 @@ pub(super) struct RankHandle {
 
 impl RankHandle {
     /// Starts a rank of the group whose first rank is `first`. It reads its part in its own threads.
-    pub(super) fn start(own: Threads, first: &Arc<dyn Communicator>, load: Arc<LoadPart>) -> Self {
-        let own = Arc::new(own);
+    pub(super) fn start(
+        own: Arc<dyn Communicator>,
+        first: &Arc<dyn Communicator>,
+        load: Arc<LoadPart>,
+    ) -> Self {
         let (steps, told) = channel();
         let (finished, done) = channel();
         let (ready, loaded) = channel();
@@ -73,7 +76,8 @@ impl RankHandle {
         };
         let communicator = own.clone();
         // it lives in a thread of its own pool: from outside each kernel would have to wake the pool and wait
-        own.own_pool()
+        own.pool()
+            .expect("a rank of several has threads of its own")
             .spawn(move || live(communicator, &*load, &progress, &ready, &told, &finished));
         handle
     }
@@ -135,7 +139,7 @@ impl Drop for RankHandle {
 /// The rank's life: reads its part, then does the steps it is told until nobody can tell it any more. Whatever ends it
 /// before breaks the group.
 fn live(
-    communicator: Arc<Threads>,
+    communicator: Arc<dyn Communicator>,
     load: &LoadPart,
     progress: &AtomicU32,
     ready: &Sender<Result<Part, LoadError>>,

@@ -5,6 +5,7 @@
 
 use super::rank::{LoadPart, Part, RankHandle, Step, Work};
 use super::{Communicator, DEADLINE, GroupError, Threads, weight_bytes};
+use crate::kernels::rows::Place;
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
 use crate::model::{self, Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Probe};
@@ -33,27 +34,55 @@ pub fn load(
         return model::load(folder, options, progress);
     }
     weight_bytes(folder, options, ranks)?; // one error for all ranks, before they begin
+    let places = options.places.clone();
     let (folder, options) = (folder.to_path_buf(), options.clone());
     let part = move |communicator, progress: &dyn Fn(f32)| {
         model::load_rank(&folder, &options, communicator, progress)
     };
-    if ranks > rayon::current_num_threads() {
+    let group = group(&places, ranks)?;
+    Ok(Box::new(Ranks::start(group, Arc::new(part), progress)?))
+}
+
+/// So many ranks that can be at `places`.
+fn group(places: &[Place], ranks: usize) -> Result<Vec<Arc<dyn Communicator>>, GroupError> {
+    #[cfg(feature = "nccl")]
+    {
+        let devices: Vec<_> = places
+            .iter()
+            .filter_map(|place| place.gpu()?.cuda())
+            .collect();
+        if devices.len() == ranks {
+            let group = super::Nccl::group(devices, DEADLINE)?.into_iter();
+            return Ok(group
+                .map(|rank| Arc::new(rank) as Arc<dyn Communicator>)
+                .collect());
+        }
+    }
+    if places.iter().any(|place| place.gpu().is_some()) {
+        tracing::warn!("without NCCL, ranks on devices are joined through the host, which is slow");
+    } else if ranks > rayon::current_num_threads() {
         tracing::warn!(ranks, "there are more ranks than threads: they take turns");
     }
-    let group = Threads::group(ranks, DEADLINE)?;
-    Ok(Box::new(Ranks::start(group, Arc::new(part), progress)?))
+    Threads::group(ranks, DEADLINE).map(of_threads)
+}
+
+/// Ranks that are threads.
+pub(super) fn of_threads(group: Vec<Threads>) -> Vec<Arc<dyn Communicator>> {
+    let group = group.into_iter();
+    group
+        .map(|rank| Arc::new(rank) as Arc<dyn Communicator>)
+        .collect()
 }
 
 impl Ranks {
     /// Has every rank of `group` read its part.
     pub(super) fn start(
-        group: Vec<Threads>,
+        group: Vec<Arc<dyn Communicator>>,
         load: Arc<LoadPart>,
         progress: &dyn Fn(f32),
     ) -> Result<Self, LoadError> {
         let mut group = group.into_iter();
-        let first = group.next().expect("a group has a first rank");
-        let communicator: Arc<dyn Communicator> = Arc::new(first);
+        let communicator = group.next().expect("a group has a first rank");
         let others: Vec<RankHandle> = group
             .map(|rank| RankHandle::start(rank, &communicator, load.clone()))
             .collect();
@@ -297,7 +326,7 @@ mod tests {
             let load = move |communicator, progress: &dyn Fn(f32)| {
                 model::load_rank(&folder, &LoadOptions::cpu(), communicator, progress)
             };
-            let group = Threads::group(2, PATIENT).unwrap();
+            let group = of_threads(Threads::group(2, PATIENT).unwrap());
             Ranks::start(group, Arc::new(load), &|_| {}).unwrap()
         };
         ranks.bound_blocks(20);

@@ -115,11 +115,6 @@ impl Threads {
         (0..world_size).map(rank).collect()
     }
 
-    /// The threads that compute for this rank alone.
-    pub(super) fn own_pool(&self) -> &ThreadPool {
-        &self.pool
-    }
-
     /// Brings `part` and waits for the others; `take` is given what all have brought, alike where the call wants it so.
     fn meet<T>(
         &self,

@@ -14,7 +14,7 @@ use crate::devices;
 use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::{Engine, EngineConfig};
-use crate::kernels::rows::Place;
+use crate::gpu::GpuError;
 use crate::model::{CausalLm, LoadError, LoadOptions};
 use crate::parallel;
 use budgets::{Budgets, Demand};
@@ -44,8 +44,8 @@ pub type Loader = dyn Fn(&Path, &LoadOptions, usize, &dyn Fn(f32)) -> Result<Box
     + Send
     + Sync;
 
-/// Tells how many bytes are free; none when the system does not tell.
-pub type FreeBytes = dyn Fn() -> Option<u64> + Send + Sync;
+/// Tells how many bytes are free on these devices; none when the system does not tell.
+pub type FreeBytes = dyn Fn(&[String]) -> Option<u64> + Send + Sync;
 
 /// Every model the host knows. Copies share one table.
 #[derive(Clone)]
@@ -55,8 +55,10 @@ pub struct Residency {
 
 struct Shared {
     table: Mutex<Table>,
-    /// Held while engines let go of memory, as long as a step: only by threads that may wait.
-    budgets: Mutex<Budgets>,
+    /// The memory of devices that models share, by the devices that a model is on. One is held while engines let go of memory,
+    /// as long as a step: only by threads that may wait.
+    budgets: Mutex<BTreeMap<Vec<String>, Arc<Mutex<Budgets>>>>,
+    free: Arc<FreeBytes>,
     changed: watch::Sender<()>,
     loader: Box<Loader>,
     limits: Limits,
@@ -129,6 +131,8 @@ enum LoadFailed {
     Folder(#[from] FolderError),
     #[error(transparent)]
     Model(#[from] LoadError),
+    #[error(transparent)]
+    Device(#[from] GpuError),
     #[error("no thread for the engine: {0}")]
     Thread(std::io::Error),
 }
@@ -137,11 +141,11 @@ impl Residency {
     /// An empty host that reads models with [`parallel::load`].
     #[must_use]
     pub fn new(config: &Config, registry: &Registry) -> Self {
-        let free = || devices::free_bytes(&devices::default_device());
-        Self::with_loader(config, registry, Box::new(parallel::load), Box::new(free))
+        let loader = Box::new(parallel::load);
+        Self::with_loader(config, registry, loader, Arc::new(devices::free_bytes))
     }
 
-    /// An empty host that reads models with `loader` into memory of which `free` tells.
+    /// An empty host that reads models with `loader` into the memory of devices, of which `free` tells.
     ///
     /// # Panics
     /// When the metrics are registered twice in one registry.
@@ -150,7 +154,7 @@ impl Residency {
         config: &Config,
         registry: &Registry,
         loader: Box<Loader>,
-        free: Box<FreeBytes>,
+        free: Arc<FreeBytes>,
     ) -> Self {
         let buckets = vec![
             0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
@@ -167,7 +171,8 @@ impl Residency {
         Self {
             shared: Arc::new(Shared {
                 table: Mutex::default(),
-                budgets: Mutex::new(Budgets::new(free)),
+                budgets: Mutex::default(),
+                free,
                 changed: watch::channel(()).0,
                 loader,
                 limits: config.limits,
@@ -333,21 +338,41 @@ impl Residency {
     }
 }
 
+/// Budgets, held.
+fn held(budgets: &Mutex<Budgets>) -> MutexGuard<'_, Budgets> {
+    // A budget that was not told to its engine is told with the next change.
+    budgets.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Shared {
     fn table(&self) -> MutexGuard<'_, Table> {
         // Each change to the table is a single assignment, so a panic cannot leave it half done.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn budgets(&self) -> MutexGuard<'_, Budgets> {
-        // A budget that was not told to its engine is told with the next change.
-        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What models on `devices` share.
+    fn budgets(&self, devices: &[String]) -> Arc<Mutex<Budgets>> {
+        let mut all = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = all.entry(devices.to_vec()).or_insert_with(|| {
+            let budgets = Budgets::new(self.free.clone(), devices.to_vec());
+            Arc::new(Mutex::new(budgets))
+        });
+        own.clone()
+    }
+
+    /// Shares out among the others on its devices what the load had.
+    fn leave(&self, load: u64) {
+        let all = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        let all: Vec<_> = all.values().cloned().collect();
+        for budgets in all {
+            held(&budgets).leave(load);
+        }
     }
 
     /// Shares out among the others what a load had that is over.
     async fn share_without(self: &Arc<Self>, load: u64) {
         let shared = self.clone();
-        let shared_out = tokio::task::spawn_blocking(move || shared.budgets().leave(load)).await;
+        let shared_out = tokio::task::spawn_blocking(move || shared.leave(load)).await;
         if let Err(error) = shared_out {
             tracing::error!(%error, "memory was not shared anew");
         }
@@ -412,18 +437,19 @@ impl Shared {
         progress: &Arc<AtomicU32>,
     ) -> Result<ServedModel, LoadFailed> {
         let folder = hub::resolve(&wanted.source, &self.hub)?;
-        let device = devices::default_device();
+        let ranks = wanted.ranks();
+        let devices = devices::choose(&wanted.devices, ranks);
         let options = LoadOptions {
-            places: vec![Place::Cpu],
+            places: devices::open(&devices)?,
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
             drafts: self.limits.draft_tokens > 0,
             quant: wanted.quant,
         };
-        let ranks = wanted.ranks();
+        let shared = self.budgets(&devices);
         {
-            let mut budgets = self.budgets();
+            let mut budgets = held(&shared);
             let room = budgets.room_for_weights();
             let weights = preflight::check(&folder, &options, ranks, room)?;
             budgets.reserve(load, weights, progress.clone());
@@ -435,7 +461,7 @@ impl Shared {
         let context_length = model.context_length();
         let weight_bytes = model.weight_bytes();
         // nobody else may be given what this model is until its engine is known
-        let mut budgets = self.budgets();
+        let mut budgets = held(&shared);
         let room = budgets.room_for_states(load);
         let room = room.min(self.limits.state_bytes.unwrap_or(u64::MAX));
         preflight::check_context(&folder, context_length, room, |tokens| {
@@ -463,7 +489,7 @@ impl Shared {
             engine,
             context_length,
             weight_bytes,
-            devices: vec![devices::id_of(&device)],
+            devices,
             created: unix_seconds(),
         })
     }

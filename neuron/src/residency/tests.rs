@@ -31,7 +31,7 @@ pub(crate) fn host() -> Host {
         Ok(Box::new(model) as Box<dyn CausalLm>)
     });
     Host {
-        residency: Residency::with_loader(&config, &Registry::new(), loader, Box::new(|| None)),
+        residency: Residency::with_loader(&config, &Registry::new(), loader, Arc::new(|_| None)),
         loads,
         release,
     }

@@ -8,7 +8,7 @@ use crate::kernels::rows::Rows;
 use crate::kernels::{add_scaled, sigmoid, with_f32};
 use crate::model::LoadError;
 use crate::model::layers::linear::ReplicatedLinear;
-use crate::parallel::{Communicator, all_reduce};
+use crate::parallel::{Communicator, all_reduce, brought};
 use crate::weights::Weights;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -65,7 +65,9 @@ impl SparseMoeBlock {
     pub(super) fn forward(&self, x: &Rows, layer: usize, pass: &mut Pass<'_, '_>) -> Result<Rows> {
         let logits = self.gate.forward(x)?; // (t, experts)
         pass.show(Seen::Router(layer), &logits);
-        let visits = with_f32(&logits.tensor()?, |logits| self.route(logits))?;
+        let visits = with_f32(&brought(&*self.communicator, &logits)?, |logits| {
+            self.route(logits)
+        })?;
         // Σ weight · expert(x)  +  sigmoid(shared_expert_gate x) · shared_expert(x)
         let shared = self.shared_expert.partial(x)?; // (t, hidden)
         let gates = self.shared_expert_gate.forward(x)?; // (t, 1)

@@ -26,7 +26,9 @@ const SNAPSHOT_SHARE: u64 = 4;
 
 /// Every model that has a part of the memory, by the number of its load.
 pub(super) struct Budgets {
-    free: Box<FreeBytes>,
+    free: Arc<FreeBytes>,
+    /// Whose memory it is.
+    devices: Vec<String>,
     members: BTreeMap<u64, Member>,
 }
 
@@ -98,9 +100,11 @@ impl Demand {
 }
 
 impl Budgets {
-    pub(super) fn new(free: Box<FreeBytes>) -> Self {
+    /// The memory of `devices`, of which `free` tells.
+    pub(super) fn new(free: Arc<FreeBytes>, devices: Vec<String>) -> Self {
         Self {
             free,
+            devices,
             members: BTreeMap::new(),
         }
     }
@@ -175,7 +179,7 @@ impl Budgets {
         // Engines go on meanwhile. Whether one takes or frees memory, the smaller of both counts does not make free what is not.
         let held = || engines().map(Engine::held_bytes).sum::<u64>();
         let before = held();
-        let free = (self.free)()?;
+        let free = (self.free)(&self.devices)?;
         let held = before.min(held());
         let to_come = self.members.values().map(|member| match member {
             Member::Reading { weights, progress } => {

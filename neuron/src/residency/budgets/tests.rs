@@ -2,11 +2,12 @@
 
 use super::*;
 use crate::config::Config;
+use crate::devices::CPU;
 use crate::engine::fake::{FakeModel, Script};
 use crate::engine::guide::Guide;
 use crate::engine::request::{Event, Events, Request};
 use crate::engine::sampler::SamplingParams;
-use crate::residency::{Loader, Residency, Shared};
+use crate::residency::{Loader, Residency, Shared, held};
 use crate::text::output::{Output, OutputOptions};
 use crate::text::tokenizer::tests::fixture;
 use prometheus::Registry;
@@ -178,7 +179,8 @@ fn host(bytes: u64, state_bytes: Option<u64>) -> Host {
         counted.fetch_add(1, Ordering::SeqCst);
         let left = own.beside_weights() - WEIGHTS;
         let shared = looked_at.get().and_then(Weak::upgrade);
-        let budgets = shared.unwrap().budgets().given();
+        let budgets = shared.unwrap().budgets(&[CPU.into()]);
+        let budgets = held(&budgets).given();
         let promised: u64 = budgets.iter().map(|(_, budget)| budget).sum();
         assert!(
             promised <= for_states(left),
@@ -196,7 +198,7 @@ fn host(bytes: u64, state_bytes: Option<u64>) -> Host {
     let registry = Registry::new();
     let free = {
         let memory = memory.clone();
-        Box::new(move || Some(memory.free()))
+        Arc::new(move |_: &[String]| Some(memory.free()))
     };
     let residency = Residency::with_loader(&config, &registry, loader, free);
     shared.set(Arc::downgrade(&residency.shared)).unwrap();
@@ -253,13 +255,15 @@ impl Host {
 
     /// The budget of each model, in the order of their loads.
     fn budgets(&self) -> Vec<u64> {
-        let given = self.residency.shared.budgets().given();
+        let budgets = self.residency.shared.budgets(&[CPU.into()]);
+        let given = held(&budgets).given();
         given.into_iter().map(|(_, budget)| budget).collect()
     }
 
     /// No more is promised than there is, and nobody holds more than was promised.
     fn check(&self, when: &str) {
-        let given = self.residency.shared.budgets().given();
+        let budgets = self.residency.shared.budgets(&[CPU.into()]);
+        let given = held(&budgets).given();
         let promised: u64 = given.iter().map(|(_, budget)| budget).sum();
         let there = for_states(self.memory.beside_weights());
         assert!(promised <= there, "{promised} of {there}: {when}");
