@@ -103,6 +103,10 @@ impl Engine {
             held: Arc::default(),
         };
         let held = engine.held.clone();
+        let blocks = config.bounds.blocks; // known before the thread begins
+        metrics
+            .blocks
+            .set(i64::try_from(blocks).unwrap_or(i64::MAX));
         std::thread::Builder::new()
             .name(format!("engine {}", config.id))
             .spawn(move || {

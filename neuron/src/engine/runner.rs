@@ -141,6 +141,55 @@ impl ModelRunner {
 
     /// Computes the rows of `plan`.
     pub(super) fn run(&mut self, plan: &Plan, scheduler: &Scheduler) -> Result<Logits, ModelError> {
+        let (batch, counts, mut states) = self.begin(plan, scheduler);
+        let (hidden, drafts) = (&mut self.hidden, self.drafts > 0);
+        let mut fault = None;
+        let mut keep = |seen, rows: &Rows| {
+            if drafts && seen == Seen::Final {
+                match rows.tensor() {
+                    Ok(rows) => *hidden = Some(rows),
+                    Err(error) => fault = Some(error),
+                }
+            }
+        };
+        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
+        let logits = if drafts {
+            self.model.forward_probed(&batch, &mut lent, &mut keep)?
+        } else {
+            self.model.forward(&batch, &mut lent)?
+        };
+        if let Some(fault) = fault {
+            return Err(fault.into());
+        }
+        self.end(plan, states);
+        Ok(Logits {
+            values: logits.flatten_all()?.to_vec1()?,
+            vocab: self.model.vocab_size(),
+            counts,
+        })
+    }
+
+    /// As [`Self::run`], where of each row that samples only the likeliest of the first `allowed` tokens is wanted, see
+    /// [`CausalLm::forward_best`].
+    pub(super) fn run_best(
+        &mut self,
+        plan: &Plan,
+        scheduler: &Scheduler,
+        allowed: usize,
+    ) -> Result<Vec<(u32, f32)>, ModelError> {
+        let (batch, _, mut states) = self.begin(plan, scheduler);
+        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
+        let best = self.model.forward_best(&batch, &mut lent, allowed)?;
+        self.end(plan, states);
+        Ok(best)
+    }
+
+    /// The rows of `plan` as the model takes them, how many tokens of each have logits, and their states, which have room.
+    fn begin(
+        &mut self,
+        plan: &Plan,
+        scheduler: &Scheduler,
+    ) -> (Batch, Vec<usize>, Vec<SequenceState>) {
         let mut batch = Batch::default();
         let mut states = Vec::with_capacity(plan.rows.len());
         let mut counts = Vec::with_capacity(plan.rows.len());
@@ -165,34 +214,15 @@ impl ModelRunner {
             states.push(state.expect("a sequence that runs has a state"));
         }
         self.free_blocks(plan, &states);
-        let (hidden, drafts) = (&mut self.hidden, self.drafts > 0);
-        let mut fault = None;
-        let mut keep = |seen, rows: &Rows| {
-            if drafts && seen == Seen::Final {
-                match rows.tensor() {
-                    Ok(rows) => *hidden = Some(rows),
-                    Err(error) => fault = Some(error),
-                }
-            }
-        };
-        let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
-        let logits = if drafts {
-            self.model.forward_probed(&batch, &mut lent, &mut keep)?
-        } else {
-            self.model.forward(&batch, &mut lent)?
-        };
-        if let Some(fault) = fault {
-            return Err(fault.into());
-        }
+        (batch, counts, states)
+    }
+
+    /// Takes the states of a step back.
+    fn end(&mut self, plan: &Plan, states: Vec<SequenceState>) {
         for (row, state) in plan.rows.iter().zip(states) {
             self.states.insert(row.sequence, state);
         }
         self.tell();
-        Ok(Logits {
-            values: logits.flatten_all()?.to_vec1()?,
-            vocab: self.model.vocab_size(),
-            counts,
-        })
     }
 
     /// Takes back all rows of the last step but the first `rows` of its `of`.

@@ -260,6 +260,25 @@ impl Sampler {
         usize::try_from(self.params.asked.logprobs.unwrap_or(0)).unwrap_or(0)
     }
 
+    /// Whether the next token is the likeliest as the logits are, and nothing else is asked of them.
+    #[must_use]
+    pub fn takes_the_likeliest(&self) -> bool {
+        let asked = &self.params.asked;
+        (asked.temperature == 0.0 || asked.top_k == 1)
+            && asked.logprobs.is_none()
+            && asked.repetition_penalty == 1.0
+            && asked.presence_penalty == 0.0
+            && asked.frequency_penalty == 0.0
+            && asked.logit_bias.is_empty()
+            && self.drawn >= asked.min_tokens
+    }
+
+    /// Takes in a token that was chosen elsewhere, as [`Self::next`] would have.
+    pub fn took(&mut self, token: u32) {
+        self.drawn += 1;
+        *self.counts.entry(token).or_default() += 1;
+    }
+
     /// Chooses the next token. The choice depends on the arguments, the parameters and the answer so far alone.
     ///
     /// `logits` are those of the ids that may be sampled: the tail past the tokenizer is cut off by the caller. They are
@@ -294,8 +313,7 @@ impl Sampler {
                 draw(logits, &self.params.asked, self.drawn)?
             }
         };
-        self.drawn += 1;
-        *self.counts.entry(token).or_default() += 1;
+        self.took(token);
         let scored = place.map(|place| {
             let changed = before.iter().find(|(id, _)| *id == token);
             let logit = changed.map_or_else(|| logits[token as usize], |(_, logit)| *logit);

@@ -145,8 +145,14 @@ impl Worker {
             return Ok(());
         }
         let began = Instant::now();
-        let mut logits = self.runner.run(&plan, &self.scheduler)?;
-        let sampled = self.sample(&plan, &mut logits);
+        let sampled = if self.takes_the_likeliest(&plan) {
+            let allowed = self.config.vocab;
+            let best = self.runner.run_best(&plan, &self.scheduler, allowed)?;
+            self.take_likeliest(&plan, &best)
+        } else {
+            let mut logits = self.runner.run(&plan, &self.scheduler)?;
+            self.sample(&plan, &mut logits)
+        };
         self.keep_rows(&plan, &sampled);
         let (decode, prefill) = plan.token_counts();
         let seconds = began.elapsed().as_secs_f64();
@@ -279,6 +285,38 @@ impl Worker {
         }
         self.tell_running();
         plan
+    }
+
+    /// Whether every row that samples takes the likeliest token and wants nothing else of the logits. They then need not be
+    /// brought to the host.
+    fn takes_the_likeliest(&self, plan: &Plan) -> bool {
+        self.config.bounds.drafts == 0
+            && plan.rows.iter().all(|row| {
+                let life = || self.lives.get(&row.sequence);
+                !row.every && (!row.sample || life().is_some_and(Life::takes_the_likeliest))
+            })
+    }
+
+    /// The next token of every row that samples, which is the likeliest; a sequence whose logits are no numbers fails alone.
+    fn take_likeliest(&mut self, plan: &Plan, best: &[(u32, f32)]) -> Vec<Sampled> {
+        let mut sampled = Vec::new();
+        for (row, (token, logit)) in plan.rows.iter().filter(|row| row.sample).zip(best) {
+            let id = row.sequence;
+            let Some(life) = self.lives.get_mut(&id) else {
+                continue;
+            };
+            let written = if logit.is_nan() {
+                Err(NotANumber.into())
+            } else {
+                life.sampler.took(*token);
+                life.advance(*token).map_err(EngineError::from)
+            };
+            match written {
+                Ok(()) => sampled.push((id, vec![*token])),
+                Err(error) => self.fail(id, error),
+            }
+        }
+        sampled
     }
 
     /// The next token of every row that samples, with the drafts before it that held; a sequence whose logits are no
@@ -589,6 +627,14 @@ impl Life {
             (Some(_), None) => "prefill",
             (Some(_), Some(_)) => "decode",
         }
+    }
+
+    /// Whether the next token is the likeliest, and nothing else is wanted of the logits.
+    fn takes_the_likeliest(&self) -> bool {
+        self.sampler.takes_the_likeliest()
+            && self.guide.is_free()
+            && self.prompt_scores.is_none()
+            && self.max_tokens > 0
     }
 
     /// The score of each prompt token that follows one of `places`, each of which comes with its logits.

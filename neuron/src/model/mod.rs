@@ -10,6 +10,7 @@ pub use batch::{Batch, LogitRows, Segment};
 
 use crate::gpu::GpuError;
 use crate::kernels::rows::{Place, Rows};
+use crate::kernels::with_f32;
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{Communicator, GroupError, Indivisible, Solo};
@@ -69,6 +70,20 @@ pub trait CausalLm: Send {
         self.forward_probed(batch, states, &mut |_, _| {})
     }
 
+    /// As [`CausalLm::forward`], where of each row of logits nothing is wanted but the largest of the first `allowed` entries:
+    /// which it is, of equals the first, and what it is. Not a number where there is none, or one of them is none.
+    ///
+    /// # Errors
+    /// As [`CausalLm::forward`].
+    fn forward_best(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        allowed: usize,
+    ) -> Result<Vec<(u32, f32)>, ModelError> {
+        Ok(bests(&self.forward(batch, states)?, allowed)?)
+    }
+
     /// As [`CausalLm::forward`], showing `probe` what passes by, where it is: what it wants it brings to the host itself.
     ///
     /// # Errors
@@ -100,6 +115,34 @@ pub trait CausalLm: Send {
     ) -> Option<Result<Drafted, ModelError>> {
         let _ = (batch, hidden, states);
         None
+    }
+}
+
+/// The largest of the first `allowed` of each row of `logits`.
+fn bests(logits: &Tensor, allowed: usize) -> candle_core::Result<Vec<(u32, f32)>> {
+    let (_, vocab) = logits.dims2()?;
+    with_f32(logits, |logits| {
+        let rows = logits.chunks_exact(vocab.max(1));
+        rows.map(|row| best(&row[..allowed.min(vocab)])).collect()
+    })
+}
+
+/// The largest of `logits`, as [`CausalLm::forward_best`] has it.
+fn best(logits: &[f32]) -> (u32, f32) {
+    let first = (0, f32::NEG_INFINITY);
+    let found = (0u32..)
+        .zip(logits)
+        .fold(first, |(at, best), (next, logit)| {
+            if logit.is_nan() || *logit > best {
+                (next, *logit)
+            } else {
+                (at, best)
+            }
+        });
+    if found.1.is_finite() {
+        found
+    } else {
+        (found.0, f32::NAN)
     }
 }
 

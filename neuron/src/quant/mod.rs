@@ -87,10 +87,10 @@ pub fn format_of(name: &str, width: usize, stored: Format, wanted: Option<Format
 /// The format on a CUDA device of a matrix for which [`format_of`] says `format`.
 ///
 /// There, products of many rows with 16-bit weights round what is multiplied to 16 bits as well. What steers the recurrent
-/// state or the choice of experts is small, and is held in f32, so that nothing is rounded.
+/// state, the choice of experts or the layer that drafts is small, and is held in f32, so that nothing is rounded.
 #[must_use]
 pub fn format_on_device(name: &str, format: Format) -> Format {
-    const IN_F32: [&str; 4] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate"];
+    const IN_F32: [&str; 5] = ["in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc"];
     if IN_F32.contains(&module_of(name)) {
         Format::F32
     } else {

@@ -49,6 +49,9 @@ pub fn compare(model: &dyn CausalLm) -> Result<Vec<Equality>, ModelError> {
         found.push(alone.against(batched, what));
     }
     for (prompt, alone) in prompts.iter().zip(&alone) {
+        let likeliest = likeliest(model, prompt)?;
+        let what = format!("{} tokens, the likeliest chosen by the model", prompt.len());
+        found.push(alone.against(&likeliest, what));
         let resumed = resumed(model, prompt)?;
         let what = format!("{} tokens, gone on from a saved state", prompt.len());
         found.push(alone.against(&resumed, what));
@@ -70,6 +73,9 @@ impl Trace {
     fn against(&self, other: &Self, what: String) -> Equality {
         let mut difference = 0f32;
         for (own, other) in self.logits.iter().zip(&other.logits) {
+            // of some only the largest is known
+            let largest = [own[top(own) as usize]];
+            let own = if other.len() == 1 { &largest } else { &own[..] };
             for (a, b) in own.iter().zip(other) {
                 let apart = (a - b).abs();
                 // no number is as far away as can be
@@ -186,6 +192,27 @@ fn together(model: &dyn CausalLm, prompts: &[Vec<u32>]) -> Result<Vec<Trace>, Mo
         }
     }
     Ok(traces)
+}
+
+/// As [`answer`], with the likeliest tokens as the model says them; of the logits only theirs are compared.
+fn likeliest(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> {
+    let mut state = model.new_state();
+    let mut trace = Trace {
+        tokens: Vec::new(),
+        logits: Vec::new(),
+    };
+    let mut next = prompt.to_vec();
+    while trace.tokens.len() < ANSWER {
+        let batch = Batch::single(&next, LogitRows::Last);
+        let vocab = model.vocab_size();
+        let (token, logit) = model
+            .forward_best(&batch, &mut [&mut state], vocab)?
+            .remove(0);
+        trace.tokens.push(token);
+        trace.logits.push(vec![logit]);
+        next = vec![token];
+    }
+    Ok(trace)
 }
 
 /// Saves the state before the prompt's last token, goes on elsewhere from it, and only then answers from the saved one.

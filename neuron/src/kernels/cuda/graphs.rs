@@ -16,7 +16,7 @@ const KEPT: usize = 256;
 /// What has been recorded of a model. Tables and results lie at the same places whenever a step of the same shape is done,
 /// so that a shape is all that has to be looked at.
 #[derive(Debug, Default)]
-pub(crate) struct Graphs(Mutex<HashMap<(Address, Shape), Stage>>);
+pub(crate) struct Graphs(Mutex<HashMap<(Address, Shape, Option<usize>), Stage>>);
 
 #[derive(Debug, Clone, Copy)]
 enum Stage {
@@ -31,15 +31,16 @@ enum Stage {
 }
 
 impl Graphs {
-    /// The numbers that `work` gives for `step`. It has to do the same for every step of the same shape but for what is in
+    /// The numbers that `work` gives for `step`; `kind` tells several works apart. It has to do the same for every step of the same shape but for what is in
     /// the step's tables, and may not wait for the device.
     pub(crate) fn run(
         &self,
         step: &Step,
+        kind: Option<usize>,
         work: impl FnOnce() -> Result<DeviceRows>,
     ) -> Result<Vec<f32>> {
         let driver = step.gpu().driver();
-        let key = (step.address(), step.shape);
+        let key = (step.address(), step.shape, kind);
         let mut stages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let stage = match stages.get(&key).copied() {
             None => {

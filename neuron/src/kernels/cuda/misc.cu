@@ -68,14 +68,15 @@ struct Best {
   }
 };
 
-// Where the largest number of each row is, and what it is. A block a row, best of 1024 threads, whole warps.
-extern "C" __global__ void argmax(const float* __restrict__ logits, int width, unsigned* __restrict__ ids,
+// Where the largest of the first `width` numbers of each row is, and what it is; rows are `stride` apart. A block a row,
+// best of 1024 threads, whole warps.
+extern "C" __global__ void argmax(const float* __restrict__ logits, int stride, int width, unsigned* __restrict__ ids,
                                   float* __restrict__ best) {
   __shared__ float values[32];
   __shared__ unsigned places[32];
   constexpr unsigned NOWHERE = 0xffffffffu;
   const float lowest = __uint_as_float(0xff800000u);
-  const float* row = logits + (long long)blockIdx.x * width;
+  const float* row = logits + (long long)blockIdx.x * stride;
   Best found = {lowest, NOWHERE};
   int done = 0;
   if (width % 4 == 0 && reinterpret_cast<unsigned long long>(row) % 16 == 0) {

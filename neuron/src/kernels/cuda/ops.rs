@@ -2,7 +2,7 @@
 
 use super::step::Step;
 use super::{BLOCK, DeviceRows, int, launch, launch_shared, long};
-use crate::gpu::{Address, Arg, Buffer, Gpu, GpuError};
+use crate::gpu::{Arg, Buffer, Gpu, GpuError};
 use crate::kernels::delta_rule::Heads;
 use crate::memory::pool::{BLOCK as TOKENS, KvNumbers};
 use crate::memory::slot::DeltaPlace;
@@ -534,20 +534,18 @@ fn prefill(
     )
 }
 
-/// For each row of `logits` the likeliest entry; of equals the first.
-pub(crate) fn argmax(logits: &DeviceRows) -> Result<Vec<u32>> {
+/// For each row of `logits` the likeliest of its first `allowed` entries, of equals the first: the bits of the ids in one row,
+/// and what they are in a second.
+pub(crate) fn best(logits: &DeviceRows, allowed: usize) -> Result<DeviceRows> {
     let gpu = logits.gpu();
     let found = DeviceRows::new(gpu, 2, logits.count())?;
-    let ids: Address = found.row(0);
     let args = [
         logits.arg(),
         int(logits.width()),
-        Arg::Address(ids),
+        int(allowed.min(logits.width())),
+        Arg::Address(found.row(0)),
         Arg::Address(found.row(1)),
     ];
-    launch(gpu, "argmax", [logits.count(), 1, 1], BLOCK, &args)?;
-    let mut numbers = vec![0u32; logits.count()];
-    let bytes = bytemuck::cast_slice_mut(&mut numbers);
-    gpu.driver().download(ids, bytes)?;
-    Ok(numbers)
+    launch(gpu, "argmax", [logits.count(), 1, 1], 1024, &args)?;
+    Ok(found)
 }

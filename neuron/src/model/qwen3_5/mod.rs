@@ -4,6 +4,7 @@ use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
 use super::{
     Batch, CausalLm, Drafted, LoadError, LoadOptions, LogitRows, ModelError, Probe, Seen, Segment,
+    bests,
 };
 use crate::gpu::GpuError;
 use crate::kernels::cuda::graphs::{self, Graphs};
@@ -224,26 +225,49 @@ impl Qwen3_5ForCausalLm {
         Ok(drafts)
     }
 
+    /// Whether a step over `batch` can be done by [`Self::forward_on_device`]: on one device, with rows to look at at its end.
+    fn is_whole_on_device(&self, batch: &Batch) -> bool {
+        let wanted = |segment: &Segment| segment.logits != LogitRows::None;
+        self.place.gpu().is_some()
+            && self.communicator.world_size() == 1
+            && batch.segments.iter().any(wanted)
+    }
+
     /// Whether steps like `batch` come again and again, in a model that can record them.
     fn is_recorded(&self, batch: &Batch) -> bool {
         let row_each = |segment: &Segment| {
             segment.rows.len() == 1 && segment.logits != LogitRows::None && !segment.revocable
         };
-        self.place.gpu().is_some()
-            && self.communicator.world_size() == 1
-            && batch.segments.len() <= graphs::MOST_ROWS
+        batch.segments.len() <= graphs::MOST_ROWS
             && batch.segments.iter().all(row_each)
-            && self.mtp.is_none()
             && !self.layers.iter().any(DecoderLayer::needs_host)
     }
 
-    /// As [`CausalLm::forward`], for steps that are recorded.
-    fn forward_recorded(
+    /// What is before a step: room for its rows, and its tables where the model is on a device. Gives with them how many tokens
+    /// each state has seen.
+    fn begin(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+    ) -> std::result::Result<(Vec<usize>, Option<Step>), ModelError> {
+        let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
+        for segment in &batch.segments {
+            states[segment.state].make_room(segment.rows.len())?;
+        }
+        Self::begin_trails(batch, states)?;
+        let step = self.step(batch, &starts, states)?;
+        Ok((starts, step))
+    }
+
+    /// A step of a model that is whole on a device, without probes: the logits, or what [`CausalLm::forward_best`] gives of the
+    /// first `best` entries, as [`ops::best`] has it.
+    fn forward_on_device(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
         step: Step,
-    ) -> std::result::Result<Tensor, ModelError> {
+        best: Option<usize>,
+    ) -> std::result::Result<Vec<f32>, ModelError> {
         let mut pass = Pass {
             batch,
             states,
@@ -251,18 +275,23 @@ impl Qwen3_5ForCausalLm {
             probe: &mut |_, _| {},
             step: Some(step.clone()),
         };
-        let logits = self.graphs.run(&step, || {
+        let mut work = || {
             let wanted = self.last_rows(&mut pass)?;
-            match self.lm_head.project(&wanted)? {
-                Rows::Device(logits) => Ok(logits),
-                Rows::Host(_) => candle_core::bail!("the head is on the device"),
+            match (self.lm_head.project(&wanted)?, best) {
+                (Rows::Device(logits), None) => Ok(logits),
+                (Rows::Device(logits), Some(allowed)) => Ok(ops::best(&logits, allowed)?),
+                (Rows::Host(_), _) => candle_core::bail!("the head is on the device"),
             }
-        })?;
+        };
+        let found = if self.is_recorded(batch) {
+            self.graphs.run(&step, best, work)?
+        } else {
+            work()?.numbers()?
+        };
         for segment in &batch.segments {
             states[segment.state].len += segment.rows.len();
         }
-        let shape = (batch.segments.len(), self.config.vocab_size);
-        Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
+        Ok(found)
     }
 
     /// The tables of a step, where the model is on a device.
@@ -353,18 +382,36 @@ impl CausalLm for Qwen3_5ForCausalLm {
         batch: &Batch,
         states: &mut [&mut SequenceState],
     ) -> std::result::Result<Tensor, ModelError> {
-        if !self.is_recorded(batch) {
+        if !self.is_whole_on_device(batch) {
             return self.forward_probed(batch, states, &mut |_, _| {});
         }
-        let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
-        for segment in &batch.segments {
-            states[segment.state].make_room(segment.rows.len())?;
+        let (_, step) = self.begin(batch, states)?;
+        let step = step.expect("a model on a device has tables");
+        let logits = self.forward_on_device(batch, states, step, None)?;
+        let shape = (batch.logit_rows().len(), self.config.vocab_size);
+        Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
+    }
+
+    fn forward_best(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        allowed: usize,
+    ) -> std::result::Result<Vec<(u32, f32)>, ModelError> {
+        if !self.is_whole_on_device(batch) {
+            return self
+                .forward(batch, states)
+                .and_then(|logits| Ok(bests(&logits, allowed)?));
         }
-        Self::begin_trails(batch, states)?;
-        match self.step(batch, &starts, states)? {
-            Some(step) => self.forward_recorded(batch, states, step),
-            None => unreachable!("only a model on a device records"),
-        }
+        let (_, step) = self.begin(batch, states)?;
+        let step = step.expect("a model on a device has tables");
+        let found = self.forward_on_device(batch, states, step, Some(allowed))?;
+        let (ids, best) = found.split_at(found.len() / 2);
+        let pairs = ids.iter().zip(best);
+        let number = |best: f32| if best.is_finite() { best } else { f32::NAN };
+        Ok(pairs
+            .map(|(id, best)| (id.to_bits(), number(*best)))
+            .collect())
     }
 
     fn forward_probed(
@@ -373,12 +420,7 @@ impl CausalLm for Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
         probe: &mut Probe<'_>,
     ) -> std::result::Result<Tensor, ModelError> {
-        let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
-        for segment in &batch.segments {
-            states[segment.state].make_room(segment.rows.len())?;
-        }
-        Self::begin_trails(batch, states)?;
-        let step = self.step(batch, &starts, states)?;
+        let (starts, step) = self.begin(batch, states)?;
         let mut pass = Pass {
             batch,
             states,

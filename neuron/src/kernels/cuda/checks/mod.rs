@@ -361,6 +361,7 @@ pub(super) fn the_first_of_the_largest(device: &Device) {
         rows[3][width - 1] = 3.0;
         rows[4][0] = f32::NAN;
         rows[5].fill(-7.0);
+        rows.iter_mut().for_each(|row| row.extend([9.0; 3])); // what is behind the width does not count
         let (ids, best) = (device.room(rows.len()), device.room(rows.len()));
         let logits = device.put(&rows.concat());
         device.run(
@@ -369,6 +370,7 @@ pub(super) fn the_first_of_the_largest(device: &Device) {
             block,
             &[
                 Arg::Address(logits),
+                Arg::Int(rows[0].len() as i32),
                 Arg::Int(width as i32),
                 Arg::Address(ids),
                 Arg::Address(best),
@@ -377,6 +379,7 @@ pub(super) fn the_first_of_the_largest(device: &Device) {
         let (ids, best): (Vec<u32>, Vec<f32>) =
             (device.get(ids, rows.len()), device.get(best, rows.len()));
         for (row, (id, best)) in rows.iter().zip(ids.into_iter().zip(best)) {
+            let row = &row[..width];
             let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let first = row.iter().position(|x| *x == largest);
             assert_eq!((Some(id as usize), best), (first, largest), "width {width}");
