@@ -503,9 +503,8 @@ fn compare_state(
                 let mut tail = Vec::new();
                 for part in state.parts() {
                     let found = part.delta_state(layer).map_err(candle_core::Error::wrap)?;
-                    let (conv, own) = found.unwrap_or_default();
-                    recurrent.extend(own);
-                    tail = conv;
+                    recurrent.extend(found.recurrent);
+                    tail = found.tail;
                 }
                 let mut parts = vec![("recurrent", recurrent)];
                 if state.parts().count() == 1 {

@@ -66,10 +66,10 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             "limits.max_queued_prompt_tokens",
             settings.limits.max_queued_prompt_tokens,
         )?,
-        prefill_chunk_tokens: positive(
-            "limits.prefill_chunk_tokens",
-            settings.limits.prefill_chunk_tokens,
-        )?,
+        prefill_chunk_tokens: match settings.limits.prefill_chunk_tokens {
+            Some(tokens) => Some(positive("limits.prefill_chunk_tokens", tokens)?),
+            None => None,
+        },
         state_bytes: match settings.limits.state_bytes {
             Some(bytes) => Some(positive("limits.state_bytes", bytes)? as u64),
             None => None,

@@ -64,8 +64,8 @@ pub struct Limits {
     pub max_waiting: usize,
     /// Prompt tokens that may wait, over all waiting requests.
     pub max_queued_prompt_tokens: usize,
-    /// Prompt tokens computed in one step beside the decoding rows.
-    pub prefill_chunk_tokens: usize,
+    /// Prompt tokens computed in one step beside the decoding rows; what fits the device when absent.
+    pub prefill_chunk_tokens: Option<usize>,
     /// Bytes that the states of one model may take; as much as is of use when absent. All models together never take more
     /// than there is.
     pub state_bytes: Option<u64>,

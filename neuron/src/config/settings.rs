@@ -38,8 +38,8 @@ pub(super) struct LimitSettings {
     pub(super) max_waiting: u64,
     /// Prompt tokens waiting, for each model.
     pub(super) max_queued_prompt_tokens: u64,
-    /// Prompt tokens in one step.
-    pub(super) prefill_chunk_tokens: u64,
+    /// Prompt tokens in one step; what fits the device when absent.
+    pub(super) prefill_chunk_tokens: Option<u64>,
     /// Bytes of keys, values and recurrent states, for each model; as much as is of use and free when absent.
     pub(super) state_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones that begin alike.
@@ -105,7 +105,7 @@ impl Default for LimitSettings {
             max_running: 16,
             max_waiting: 256,
             max_queued_prompt_tokens: 1_000_000,
-            prefill_chunk_tokens: 128,
+            prefill_chunk_tokens: None,
             state_bytes: None,
             prefix_cache: true,
             draft_tokens: 0,
@@ -156,6 +156,7 @@ impl Settings {
             },
             limits: LimitSettings {
                 state_bytes: Some(1),
+                prefill_chunk_tokens: Some(1),
                 ..LimitSettings::default()
             },
             models: vec![ModelSettings {

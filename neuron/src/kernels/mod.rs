@@ -259,6 +259,7 @@ pub(crate) mod testing {
     }
 
     /// Largest difference between numbers and what they should be.
+    #[cfg(test)]
     pub(crate) fn max_diff(found: &[f32], expected: &[f64]) -> f64 {
         assert_eq!(found.len(), expected.len(), "as many numbers as expected");
         found

@@ -5,6 +5,7 @@
 use super::cuda::{self, DeviceMatrix, DeviceRows};
 use super::{linear as cpu, norm, with_f32};
 use crate::gpu::{Buffer, Gpu, GpuError};
+use crate::memory::pool::KvNumbers;
 use crate::quant::{Format, Matrix};
 use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
@@ -126,6 +127,15 @@ impl Weight {
         match self {
             Self::Host(matrix) => matrix.format(),
             Self::Device(matrix) => matrix.format(),
+        }
+    }
+
+    /// What keys and values are to be held as on a device, beside weights like this one: whoever has weights in f32 wants to see
+    /// every digit.
+    pub(crate) fn kv_numbers(&self) -> KvNumbers {
+        match self.format() {
+            Format::F32 => KvNumbers::F32,
+            _ => KvNumbers::Bf16,
         }
     }
 

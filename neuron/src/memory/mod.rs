@@ -97,6 +97,15 @@ impl DeltaState {
     }
 }
 
+/// What a gated delta net remembers of a sequence.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Remembered {
+    /// The tail of the convolution, `(taps - 1, channels)`.
+    pub tail: Vec<f32>,
+    /// `S`: `(value heads, key dim, value dim)`.
+    pub recurrent: Vec<f32>,
+}
+
 /// There are not as many free blocks as a step takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no block of keys and values is free")]
@@ -265,18 +274,18 @@ impl SequenceState {
         })
     }
 
-    /// The tail of the convolution, `(taps - 1, channels)`, and `S`, `(value heads, key dim, value dim)`, of layer `layer`;
-    /// none where it is no gated delta net.
+    /// What the gated delta net that is layer `layer` remembers; nothing where the layer is none.
     ///
     /// # Errors
     /// When they are on a device that fails.
-    pub fn delta_state(&self, layer: usize) -> Result<Option<(Vec<f32>, Vec<f32>)>, GpuError> {
+    pub fn delta_state(&self, layer: usize) -> Result<Remembered, GpuError> {
         match (&self.layers[layer], &self.slot) {
-            (LayerState::Delta(state), _) => {
-                Ok(Some((state.conv.clone(), state.recurrent.clone())))
-            }
-            (LayerState::InSlot(place), Some(slot)) => slot.read(*place).map(Some),
-            _ => Ok(None),
+            (LayerState::Delta(state), _) => Ok(Remembered {
+                tail: state.conv.clone(),
+                recurrent: state.recurrent.clone(),
+            }),
+            (LayerState::InSlot(place), Some(slot)) => slot.read(*place),
+            _ => Ok(Remembered::default()),
         }
     }
 

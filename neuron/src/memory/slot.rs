@@ -1,5 +1,6 @@
 //! What the gated delta nets of a model remember of one sequence, on a device.
 
+use super::Remembered;
 use crate::gpu::{Address, Buffer, Gpu, GpuError, Scratch};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -176,13 +177,13 @@ impl Slot {
         self.pool.floats()
     }
 
-    /// The convolution's tail and `S` of the gated delta net number `index`.
-    pub(crate) fn read(&self, index: usize) -> Result<(Vec<f32>, Vec<f32>), GpuError> {
+    /// What the gated delta net number `index` remembers.
+    pub(crate) fn read(&self, index: usize) -> Result<Remembered, GpuError> {
         let (memory, place) = (self.memory()?, self.pool.places[index]);
-        Ok((
-            memory.read(place.offset, place.tail)?,
-            memory.read(place.offset + place.tail, place.state)?,
-        ))
+        Ok(Remembered {
+            tail: memory.read(place.offset, place.tail)?,
+            recurrent: memory.read(place.offset + place.tail, place.state)?,
+        })
     }
 }
 

@@ -13,7 +13,7 @@ use crate::kernels::rows::{Place, Rows};
 use crate::kernels::with_f32;
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
-use crate::parallel::{Communicator, GroupError, Indivisible, Solo};
+use crate::parallel::{self, Communicator, GroupError, Indivisible, Solo};
 use crate::quant::Format;
 use crate::weights::{self, Fault, Weights};
 use candle_core::Tensor;
@@ -192,15 +192,6 @@ impl LoadOptions {
             quant: None,
         }
     }
-
-    /// Where rank `rank` is to be.
-    #[must_use]
-    pub fn place(&self, rank: usize) -> &Place {
-        match self.places.len() {
-            0 => &Place::Cpu,
-            places => &self.places[rank % places],
-        }
-    }
 }
 
 /// Loads the model in `folder` (Hugging Face layout), or in a single file that has everything. `progress` is told the share of bytes read, 0 to 1.
@@ -244,7 +235,7 @@ pub fn load_made_up(
     let name = format!("made up in the shape of {shape}");
     let text = shape.config().to_string();
     let config = Config::parse(PathBuf::from(&name), &text, options.context_length)?;
-    let place = options.place(communicator.rank());
+    let place = parallel::place(&*communicator, &options.places);
     let weights = Weights::made_up(&name, place, options.quant, communicator, progress);
     Ok(Box::new(Qwen3_5ForCausalLm::load(
         config, &weights, options,
@@ -284,7 +275,7 @@ fn open<'a>(
     let weights = Weights::open(
         folder,
         config.grouped_heads(),
-        options.place(communicator.rank()),
+        parallel::place(&*communicator, &options.places),
         options.quant,
         communicator,
         progress,

@@ -1,7 +1,7 @@
 //! Ranks: the parts of a model that is shared out, what they tell each other, and the one model they are together.
 
 use crate::gpu::Address;
-use crate::kernels::rows::Rows;
+use crate::kernels::rows::{Place, Rows};
 use crate::kernels::with_f32;
 use candle_core::Tensor;
 use std::fmt::Debug;
@@ -113,7 +113,7 @@ pub fn brought(communicator: &dyn Communicator, rows: &Rows) -> candle_core::Res
 /// # Errors
 /// When the group is broken, or a device fails.
 pub fn all_reduce(communicator: &dyn Communicator, part: Rows) -> candle_core::Result<Rows> {
-    if communicator.world_size() == 1 {
+    if is_alone(communicator) {
         return Ok(part);
     }
     match part {
@@ -183,6 +183,20 @@ impl From<GroupError> for candle_core::Error {
     fn from(error: GroupError) -> Self {
         Self::wrap(error)
     }
+}
+
+/// Where the rank of `communicator` is to be: `places` are those of all ranks in their order, which begins anew where there
+/// are fewer.
+pub fn place<'a>(communicator: &dyn Communicator, places: &'a [Place]) -> &'a Place {
+    match places.len() {
+        0 => &Place::Cpu,
+        count => &places[communicator.rank() % count],
+    }
+}
+
+/// Whether there is no other rank.
+pub fn is_alone(communicator: &dyn Communicator) -> bool {
+    communicator.world_size() == 1
 }
 
 /// Does `work`, which makes calls of `communicator`, in a thread of the pool that its kernels share: from outside each

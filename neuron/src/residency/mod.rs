@@ -467,7 +467,7 @@ impl Shared {
         preflight::check_context(&folder, context_length, room, |tokens| {
             model.state_bytes(tokens)
         })?;
-        let bounds = budgets.admit(load, Demand::of(&*model, self.limits));
+        let bounds = budgets.admit(load, Demand::of(&*model, self.limits, &devices));
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
             vocab: text.tokenizer.vocab_size(),

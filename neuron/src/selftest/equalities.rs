@@ -98,12 +98,11 @@ impl Trace {
             .logits
             .iter()
             .zip(self.tokens.iter().zip(&other.tokens));
-        let same = steps.map(|(logits, (own, other))| own == other || !clear(logits));
+        let mut same = steps.map(|(logits, (own, other))| own == other || !clear(logits));
         Equality {
             what,
             difference,
-            same_tokens: self.logits.len() == other.logits.len()
-                && same.fold(true, |all, one| all && one),
+            same_tokens: self.logits.len() == other.logits.len() && same.all(|one| one),
         }
     }
 }

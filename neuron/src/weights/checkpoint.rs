@@ -25,6 +25,8 @@ const INDEX: &str = "model.safetensors.index.json";
 pub(super) enum Stored {
     /// In a format that is read.
     Format(Format),
+    /// In 8 bits, four of them an exponent, with a scale for each 128 rows by 128 columns in a tensor beside it.
+    Fp8,
     /// In another: its name.
     Other(String),
 }
@@ -35,6 +37,7 @@ impl From<Dtype> for Stored {
             Dtype::F32 => Self::Format(Format::F32),
             Dtype::F16 => Self::Format(Format::F16),
             Dtype::BF16 => Self::Format(Format::Bf16),
+            Dtype::F8_E4M3 => Self::Fp8,
             other => Self::Other(format!("{other:?}")),
         }
     }
@@ -68,6 +71,7 @@ impl Entry {
     fn unit(&self) -> (usize, usize) {
         match &self.stored {
             Stored::Format(format) => quant::unit(*format),
+            Stored::Fp8 => (1, 1),
             Stored::Other(_) => {
                 let count: usize = self.shape.iter().product();
                 (1, self.byte_count() / count.max(1))
@@ -260,8 +264,13 @@ impl Checkpoint {
                 needed: shape.to_vec(),
             });
         }
+        let mut scales = None;
         let format = match &entry.stored {
             Stored::Format(format) => *format,
+            Stored::Fp8 => {
+                scales = Some(self.scales(name, entry)?);
+                Format::Bf16 // has room for all its digits but those of the scale
+            }
             Stored::Other(other) => {
                 return Err(Fault::Format {
                     file: file.clone(),
@@ -274,8 +283,76 @@ impl Checkpoint {
             format,
             entry: Cow::Borrowed(entry),
             bytes: Bytes::Mapped(mapped),
+            scales,
         })
     }
+
+    /// The scales of the 8-bit tensor `name`.
+    fn scales(&self, name: &str, entry: &Entry) -> Result<Scales, Fault> {
+        let (file, _) = &self.files[entry.file];
+        let &[rows, width] = &entry.shape[..] else {
+            return Err(Fault::Format {
+                file: file.clone(),
+                name: name.into(),
+                found: format!("F8_E4M3 of {} dimensions", entry.shape.len()),
+            });
+        };
+        if entry.bytes.len() > 1 || !entry.columns.is_empty() {
+            return Err(Fault::Format {
+                file: file.clone(),
+                name: name.into(),
+                found: "F8_E4M3 in another order of rows or columns".into(),
+            });
+        }
+        let across = width.div_ceil(FP8_BLOCK);
+        let shape = [rows.div_ceil(FP8_BLOCK), across];
+        let source = self.tensor(&scales_of(name), &shape)?;
+        let mut numbers = vec![0.0; shape[0] * across];
+        for (row, out) in numbers.chunks_exact_mut(across.max(1)).enumerate() {
+            source.decode(row * across..(row + 1) * across, out);
+        }
+        Ok(Scales { numbers, across })
+    }
+}
+
+/// Rows and columns that share a scale.
+pub(super) const FP8_BLOCK: usize = 128;
+
+/// The name of the tensor with the scales of `name`.
+pub(super) fn scales_of(name: &str) -> String {
+    format!("{name}_scale_inv")
+}
+
+/// Scales of an 8-bit matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Scales {
+    /// Row by row of blocks.
+    pub(super) numbers: Vec<f32>,
+    /// Blocks in a row of them.
+    across: usize,
+}
+
+impl Scales {
+    /// Scales the numbers of `row` from column `first` on.
+    fn apply(&self, row: usize, first: usize, numbers: &mut [f32]) {
+        let scales = &self.numbers[row / FP8_BLOCK * self.across..];
+        for (column, x) in (first..).zip(numbers) {
+            *x *= scales[column / FP8_BLOCK];
+        }
+    }
+}
+
+/// The number that 8 bits stand for: a sign, an exponent of 4 bits and 3 bits of fraction, without infinities
+/// (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
+pub(super) fn e4m3(byte: u8) -> f32 {
+    let exponent = i32::from(byte >> 3 & 15);
+    let fraction = f32::from(byte & 7) / 8.0;
+    let size = match (exponent, byte & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => fraction / 64.0,
+        _ => (1.0 + fraction) * 2f32.powi(exponent - 7),
+    };
+    if byte >> 7 == 1 { -size } else { size }
 }
 
 /// The mapped file at `path`.
@@ -323,6 +400,8 @@ pub(super) struct Source<'a> {
     format: Format,
     entry: Cow<'a, Entry>,
     bytes: Bytes<'a>,
+    /// Of 8-bit numbers.
+    scales: Option<Scales>,
 }
 
 /// Where the bytes of a tensor come from.
@@ -389,6 +468,17 @@ impl Source<'_> {
                 seed: hasher.finish(),
                 spread,
             },
+            scales: None,
+        }
+    }
+
+    /// The bytes and the scales of the whole tensor, where its numbers have 8 bits.
+    pub(super) fn fp8(&self) -> Option<(&[u8], &[f32])> {
+        match (&self.scales, &self.bytes, &self.entry.bytes[..]) {
+            (Some(scales), Bytes::Mapped(mapped), [bytes]) => {
+                Some((&mapped[bytes.clone()], &scales.numbers))
+            }
+            _ => None,
         }
     }
 
@@ -439,7 +529,11 @@ impl Source<'_> {
     pub(super) fn bytes(&self, run: Range<usize>, mut out: &mut [u8]) -> bool {
         let (numbers, _) = self.entry.unit();
         let whole = run.start.is_multiple_of(numbers) && run.end.is_multiple_of(numbers);
-        if !whole || !self.entry.columns.is_empty() || self.entry.change != Change::None {
+        if !whole
+            || self.scales.is_some()
+            || !self.entry.columns.is_empty()
+            || self.entry.change != Change::None
+        {
             return false;
         }
         for bytes in self.entry.locate(run) {
@@ -481,6 +575,17 @@ impl Source<'_> {
             let mut blocks = vec![0.0; whole.len()];
             self.decode_stored(whole.clone(), &mut blocks);
             out.copy_from_slice(&blocks[run.start - whole.start..][..run.len()]);
+            return;
+        }
+        if let (Some(scales), Bytes::Mapped(mapped)) = (&self.scales, &self.bytes) {
+            let width = self.entry.shape[1];
+            let (row, first) = (run.start / width, run.start % width);
+            for bytes in self.entry.locate(run) {
+                for (x, byte) in out.iter_mut().zip(&mapped[bytes]) {
+                    *x = e4m3(*byte);
+                }
+            }
+            scales.apply(row, first, out);
             return;
         }
         for bytes in self.entry.locate(run) {

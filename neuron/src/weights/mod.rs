@@ -22,6 +22,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 mod checkpoint;
+#[cfg(test)]
+mod fp8_tests;
 mod gguf;
 mod gguf_names;
 mod names;
@@ -175,7 +177,7 @@ impl fmt::Display for Fault {
             Self::Format { file, name, found } => {
                 write!(
                     f,
-                    "{name} in {file} is {found}; read are F32, F16, BF16, and in GGUF files Q8_0, Q6_K, Q5_K and Q4_K"
+                    "{name} in {file} is {found}; read are F32, F16, BF16, F8_E4M3 with scales, and in GGUF files Q8_0, Q6_K, Q5_K and Q4_K"
                 )
             }
             Self::Range { name, format } => {
@@ -630,6 +632,9 @@ impl Part<'_, '_> {
             self.weights.book().bytes_kept += bytes as u64;
             return Ok(Self::stand_in());
         }
+        if let Some(matrix) = self.as_fp8(&source)? {
+            return Ok(matrix);
+        }
         let held = Held {
             source: &source,
             selection: &self.held,
@@ -654,6 +659,33 @@ impl Part<'_, '_> {
         *book.held.entry(format.as_str()).or_default() += matrix.bytes();
         drop(book);
         Ok(matrix)
+    }
+
+    /// The matrix in 8 bits as the file has it, where it is whole on a device that multiplies with them and nothing else was
+    /// asked for.
+    fn as_fp8(&self, source: &Source<'_>) -> Result<Option<Weight>, LoadError> {
+        let shared = &self.weights.shared;
+        let (rows, width) = (self.held.row_count(), self.held.width());
+        let whole = [rows, width] == self.shape[..];
+        let on_device = shared
+            .place
+            .gpu()
+            .filter(|_| whole && shared.quant.is_none());
+        let (Some(gpu), Some((bytes, scales))) = (on_device, source.fp8()) else {
+            return Ok(None);
+        };
+        if !(rows * width).is_multiple_of(4)
+            || format_on_device(&self.name, Format::Bf16) == Format::F32
+        {
+            return Ok(None);
+        }
+        let matrix = DeviceMatrix::fp8(gpu, (rows, width), bytes, scales)?;
+        self.weights.count(bytes.len() as u64);
+        source.give_back(0..rows * width);
+        let mut book = self.weights.book();
+        book.bytes_kept += matrix.bytes();
+        *book.held.entry("fp8").or_default() += matrix.bytes();
+        Ok(Some(Weight::Device(matrix)))
     }
 
     /// A tensor in f32 in the host's memory, for what is no matrix of a projection.
@@ -692,6 +724,10 @@ impl Part<'_, '_> {
     fn source(&self) -> Result<Option<Source<'_>>, LoadError> {
         let checkpoint = &self.weights.shared.checkpoint;
         self.weights.book().used.insert(self.name.clone());
+        let scales = checkpoint::scales_of(&self.name);
+        if checkpoint.has(&scales) {
+            self.weights.book().used.insert(scales);
+        }
         match checkpoint.tensor(&self.name, &self.shape) {
             Ok(source) => Ok(Some(source)),
             Err(fault) => self.weights.fault(fault).map(|()| None),

@@ -16,7 +16,10 @@ const KEPT: usize = 256;
 /// What has been recorded of a model. Tables and results lie at the same places whenever a step of the same shape is done,
 /// so that a shape is all that has to be looked at.
 #[derive(Debug, Default)]
-pub(crate) struct Graphs(Mutex<HashMap<(Address, Shape, Option<usize>), Stage>>);
+pub(crate) struct Graphs(Mutex<HashMap<Key, Stage>>);
+
+/// Where a step's tables are, its shape, and the kind of its work.
+type Key = (Address, Shape, Option<usize>);
 
 #[derive(Debug, Clone, Copy)]
 enum Stage {

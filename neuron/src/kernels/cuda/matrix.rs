@@ -11,9 +11,18 @@ use std::sync::Arc;
 #[derive(Debug, Clone)]
 pub struct DeviceMatrix {
     numbers: Arc<Buffer>,
-    format: Format,
+    numerals: Numerals,
     rows: usize,
     width: usize,
+}
+
+/// What the numbers of a matrix are held as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Numerals {
+    /// As on the CPU.
+    Of(Format),
+    /// In 8 bits, four of them an exponent, and behind all of them the scales in f32 of blocks of 128 by 128.
+    Fp8,
 }
 
 /// Bytes of a matrix on a device.
@@ -61,10 +70,33 @@ impl DeviceMatrix {
         }
         Ok(Some(Self {
             numbers: Arc::new(numbers),
-            format,
+            numerals: Numerals::Of(format),
             rows,
             width,
         }))
+    }
+
+    /// A matrix of 8-bit numbers, of which files have `bytes`, and the `scales` of its blocks, row by row.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn fp8(
+        gpu: &Gpu,
+        (rows, width): (usize, usize),
+        bytes: &[u8],
+        scales: &[f32],
+    ) -> Result<Self, GpuError> {
+        let numbers = gpu.buffer(bytes.len() + 4 * scales.len())?;
+        let driver = gpu.driver();
+        driver.upload(numbers.address(), bytes)?;
+        let behind = numbers.address() + bytes.len() as u64;
+        driver.upload(behind, bytemuck::cast_slice(scales))?;
+        Ok(Self {
+            numbers: Arc::new(numbers),
+            numerals: Numerals::Fp8,
+            rows,
+            width,
+        })
     }
 
     /// Its rows.
@@ -79,10 +111,13 @@ impl DeviceMatrix {
         self.width
     }
 
-    /// The format of its numbers.
+    /// The format of its numbers; of 8-bit ones with scales the one they would have on the CPU.
     #[must_use]
     pub fn format(&self) -> Format {
-        self.format
+        match self.numerals {
+            Numerals::Of(format) => format,
+            Numerals::Fp8 => Format::Bf16,
+        }
     }
 
     /// Bytes it holds.
@@ -107,14 +142,15 @@ impl DeviceMatrix {
             int(first),
             int(self.rows),
         ];
-        let kernel = match self.format {
-            Format::F32 => "embed_f32",
-            Format::F16 => "embed_f16",
-            Format::Bf16 => "embed_bf16",
-            Format::Q8_0 => "embed_q8_0",
-            Format::Q6K => "embed_q6_k",
-            Format::Q5K => "embed_q5_k",
-            Format::Q4K => "embed_q4_k",
+        let kernel = match self.numerals {
+            Numerals::Fp8 => "embed_fp8",
+            Numerals::Of(Format::F32) => "embed_f32",
+            Numerals::Of(Format::F16) => "embed_f16",
+            Numerals::Of(Format::Bf16) => "embed_bf16",
+            Numerals::Of(Format::Q8_0) => "embed_q8_0",
+            Numerals::Of(Format::Q6K) => "embed_q6_k",
+            Numerals::Of(Format::Q5K) => "embed_q5_k",
+            Numerals::Of(Format::Q4K) => "embed_q4_k",
         };
         launch(gpu, kernel, [step.shape.rows, 1, 1], BLOCK, &args)?;
         Ok(y)
@@ -123,13 +159,16 @@ impl DeviceMatrix {
     /// The matrix in bf16, in the workspace.
     fn widened(&self, gpu: &Gpu) -> Result<Scratch, GpuError> {
         let wide = gpu.scratch(2 * self.rows * self.width)?;
-        let kernel = match self.format {
-            Format::F16 => "widen_f16",
-            Format::Q8_0 => "widen_q8_0",
-            Format::Q6K => "widen_q6_k",
-            Format::Q5K => "widen_q5_k",
-            Format::Q4K => "widen_q4_k",
-            Format::F32 | Format::Bf16 => unreachable!("these are multiplied as they are"),
+        let kernel = match self.numerals {
+            Numerals::Fp8 => "widen_fp8",
+            Numerals::Of(Format::F16) => "widen_f16",
+            Numerals::Of(Format::Q8_0) => "widen_q8_0",
+            Numerals::Of(Format::Q6K) => "widen_q6_k",
+            Numerals::Of(Format::Q5K) => "widen_q5_k",
+            Numerals::Of(Format::Q4K) => "widen_q4_k",
+            Numerals::Of(Format::F32 | Format::Bf16) => {
+                unreachable!("these are multiplied as they are")
+            }
         };
         let to = Arg::Address(wide.address());
         let args = [self.arg(), to, int(self.rows), int(self.width)];
@@ -188,7 +227,7 @@ fn linear(
         n: weight.rows,
         k: weight.width,
     };
-    if weight.format == Format::F32 {
+    if weight.numerals == Numerals::Of(Format::F32) {
         let product = product(Factor::F32, x.address(), weight.numbers.address());
         gpu.driver().multiply(&product)?;
         return Ok(y);
@@ -197,8 +236,8 @@ fn linear(
         *narrow = Some(to_bf16(x)?);
     }
     let x_at: Address = narrow.as_ref().expect("just made").address();
-    let wide = match weight.format {
-        Format::Bf16 => None,
+    let wide = match weight.numerals {
+        Numerals::Of(Format::Bf16) => None,
         _ => Some(weight.widened(gpu)?),
     };
     let weights_at = wide
@@ -251,14 +290,15 @@ fn few_rows(x: &DeviceRows, weight: &DeviceMatrix, y: &DeviceRows) -> Result<(),
             .into_iter()
             .find(|rows| *rows <= left)
             .expect("there is a row left");
-        let kernel = match weight.format {
-            Format::F32 => by_rows!(rows, "f32"),
-            Format::F16 => by_rows!(rows, "f16"),
-            Format::Bf16 => by_rows!(rows, "bf16"),
-            Format::Q8_0 => by_rows!(rows, "q8_0"),
-            Format::Q6K => by_rows!(rows, "q6_k"),
-            Format::Q5K => by_rows!(rows, "q5_k"),
-            Format::Q4K => by_rows!(rows, "q4_k"),
+        let kernel = match weight.numerals {
+            Numerals::Fp8 => by_rows!(rows, "fp8"),
+            Numerals::Of(Format::F32) => by_rows!(rows, "f32"),
+            Numerals::Of(Format::F16) => by_rows!(rows, "f16"),
+            Numerals::Of(Format::Bf16) => by_rows!(rows, "bf16"),
+            Numerals::Of(Format::Q8_0) => by_rows!(rows, "q8_0"),
+            Numerals::Of(Format::Q6K) => by_rows!(rows, "q6_k"),
+            Numerals::Of(Format::Q5K) => by_rows!(rows, "q5_k"),
+            Numerals::Of(Format::Q4K) => by_rows!(rows, "q4_k"),
         };
         let args = [
             weight.arg(),

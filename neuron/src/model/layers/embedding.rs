@@ -2,9 +2,10 @@
 
 use crate::kernels::cuda::Step;
 use crate::kernels::rows::{Rows, Weight, linear};
+use crate::memory::pool::KvNumbers;
 use crate::model::LoadError;
 use crate::parallel::{Communicator, all_reduce, gather};
-use crate::quant::{Format, Matrix};
+use crate::quant::Matrix;
 use crate::weights::Weights;
 use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
@@ -47,7 +48,7 @@ impl VocabParallelEmbedding {
             (Weight::Host(rows), None) => Rows::Host(self.look_up(rows, ids)?),
             _ => candle_core::bail!("tables of a step are for a model on a device"),
         };
-        Ok(all_reduce(&*self.communicator, vectors)?)
+        all_reduce(&*self.communicator, vectors)
     }
 
     fn look_up(&self, rows: &Matrix, ids: &[u32]) -> Result<Tensor> {
@@ -63,10 +64,9 @@ impl VocabParallelEmbedding {
         Tensor::from_vec(vectors, (ids.len(), width), &Device::Cpu)
     }
 
-    /// The format of the table.
-    #[must_use]
-    pub fn format(&self) -> Format {
-        self.rows.format()
+    /// What keys and values are to be held as on a device, beside such a table.
+    pub(crate) fn kv_numbers(&self) -> KvNumbers {
+        self.rows.kv_numbers()
     }
 
     /// A head that uses the same table.

@@ -135,7 +135,7 @@ impl RowParallelLinear {
     /// # Errors
     /// When an operation on the device or between ranks fails.
     pub fn forward(&self, x: &Rows) -> Result<Rows> {
-        Ok(all_reduce(&*self.communicator, self.partial(x)?)?)
+        all_reduce(&*self.communicator, self.partial(x)?)
     }
 
     /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).

@@ -12,10 +12,9 @@ use crate::kernels::cuda::step::StepMemory;
 use crate::kernels::cuda::{Step, ops};
 use crate::kernels::rows::{Place, Rows};
 use crate::memory::SequenceState;
-use crate::memory::pool::{KvNumbers, KvPool, KvShape};
+use crate::memory::pool::{KvPool, KvShape};
 use crate::memory::slot::SlotPool;
-use crate::parallel::{Communicator, in_pool};
-use crate::quant::Format;
+use crate::parallel::{Communicator, in_pool, is_alone};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Result, Tensor};
 use config::Config;
@@ -117,12 +116,7 @@ impl Qwen3_5ForCausalLm {
         let (pool, slots) = match weights.place() {
             Place::Cpu => (KvPool::new(kept), None),
             Place::Gpu(gpu) => {
-                // whoever has weights in f32 wants to see every digit
-                let numbers = match embed_tokens.format() {
-                    Format::F32 => KvNumbers::F32,
-                    _ => KvNumbers::Bf16,
-                };
-                let pool = KvPool::on_device(kept, numbers, gpu);
+                let pool = KvPool::on_device(kept, embed_tokens.kv_numbers(), gpu);
                 (pool, Some(SlotPool::new(gpu, delta_places)))
             }
         };
@@ -229,7 +223,7 @@ impl Qwen3_5ForCausalLm {
     fn is_whole_on_device(&self, batch: &Batch) -> bool {
         let wanted = |segment: &Segment| segment.logits != LogitRows::None;
         self.place.gpu().is_some()
-            && self.communicator.world_size() == 1
+            && is_alone(&*self.communicator)
             && batch.segments.iter().any(wanted)
     }
 

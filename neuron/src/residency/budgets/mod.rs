@@ -8,6 +8,7 @@ mod tests;
 
 use super::FreeBytes;
 use crate::config::Limits;
+use crate::devices::CPU;
 use crate::engine::Engine;
 use crate::engine::scheduler::Bounds;
 use crate::memory::pool::BLOCK;
@@ -57,11 +58,22 @@ pub(super) struct Demand {
     fixed: u64,
     /// Bytes of a block of keys and values.
     block: u64,
+    /// Prompt tokens of a step.
+    prefill_tokens: usize,
     limits: Limits,
 }
 
 impl Demand {
-    pub(super) fn of(model: &dyn CausalLm, limits: Limits) -> Self {
+    pub(super) fn of(model: &dyn CausalLm, limits: Limits, devices: &[String]) -> Self {
+        // a CPU is busy with few, and shall see soon that a client has left; a device needs many to be busy
+        let prefill_tokens =
+            limits
+                .prefill_chunk_tokens
+                .unwrap_or(if devices.iter().all(|id| id == CPU) {
+                    128
+                } else {
+                    2048
+                });
         let floor = model.state_bytes(model.context_length());
         let most = floor.saturating_mul(limits.max_running as u64);
         let most = most.saturating_mul(KEPT);
@@ -70,6 +82,7 @@ impl Demand {
             most: most.min(limits.state_bytes.unwrap_or(u64::MAX)).max(floor),
             fixed: model.state_bytes(0),
             block: (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1),
+            prefill_tokens,
             limits,
         }
     }
@@ -91,7 +104,7 @@ impl Demand {
         };
         Bounds {
             max_running: running,
-            prefill_tokens: self.limits.prefill_chunk_tokens,
+            prefill_tokens: self.prefill_tokens,
             blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             drafts: self.limits.draft_tokens,
             snapshot_bytes: kept,

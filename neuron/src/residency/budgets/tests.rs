@@ -88,7 +88,7 @@ fn bounds_take_no_more_than_the_budget_and_always_hold_one_whole_sequence() {
         ..FakeModel::new(Script::Hash)
     };
     let limits = Config::default_on_this_host().unwrap().limits;
-    let demand = Demand::of(&model, limits);
+    let demand = Demand::of(&model, limits, &[CPU.into()]);
     assert_eq!(demand.floor, 4096 + 100);
     let most = 2 * limits.max_running as u64 * demand.floor;
     assert_eq!(demand.most, most);
@@ -99,7 +99,7 @@ fn bounds_take_no_more_than_the_budget_and_always_hold_one_whole_sequence() {
         assert!((1..=limits.max_running).contains(&bounds.max_running));
         assert!(bounds.blocks >= 4096 / BLOCK, "{budget}: {bounds:?}");
     }
-    let only_blocks = Demand::of(&FakeModel::new(Script::Hash), limits);
+    let only_blocks = Demand::of(&FakeModel::new(Script::Hash), limits, &[CPU.into()]);
     assert_eq!(only_blocks.bounds(only_blocks.floor).blocks, 4096 / BLOCK);
     let all = demand.bounds(most);
     assert_eq!(all.max_running, limits.max_running);
@@ -109,7 +109,7 @@ fn bounds_take_no_more_than_the_budget_and_always_hold_one_whole_sequence() {
         prefix_cache: false,
         ..limits
     };
-    let bounded = Demand::of(&model, bounded);
+    let bounded = Demand::of(&model, bounded, &["cuda:0".into()]);
     assert_eq!(bounded.most, 5000, "no more than was allowed");
     assert_eq!(bounded.bounds(5000).snapshot_bytes, 0, "nothing is kept");
 }
