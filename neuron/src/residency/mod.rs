@@ -394,19 +394,25 @@ impl Shared {
         self.load_seconds
             .with_label_values(&[id.as_str(), label])
             .observe(seconds);
+        let told = outcome.as_ref().map(|model| model.context_length);
+        let told = told.map_err(Clone::clone);
         let phase = match outcome {
-            Ok(model) => {
-                let context_length = model.context_length;
-                tracing::info!(model = id, seconds, context_length, "loaded");
-                Phase::Loaded(Arc::new(model))
-            }
+            Ok(model) => Phase::Loaded(Arc::new(model)),
             Err(reason) => {
-                tracing::error!(model = id, reason, "loading failed");
                 self.share_without(load).await;
                 Phase::Failed(reason)
             }
         };
-        if let Some(unwanted) = self.settle(&id, load, phase) {
+        let settled = self.settle(&id, load, phase);
+        // said when it is so: whoever reads it may ask for the model
+        match (&settled, told) {
+            (None, Ok(context_length)) => {
+                tracing::info!(model = id, seconds, context_length, "loaded");
+            }
+            (_, Err(reason)) => tracing::error!(model = id, reason, "loading failed"),
+            (Some(_), Ok(_)) => {}
+        }
+        if let Some(unwanted) = settled {
             if let Phase::Loaded(model) = unwanted {
                 model.engine.drain(Duration::ZERO).await; // it has no request
                 self.share_without(load).await;
