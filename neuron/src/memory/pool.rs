@@ -81,8 +81,12 @@ struct Shelf {
 #[derive(Debug)]
 enum Storage {
     Host(Box<[f32]>),
-    Device(Buffer),
+    /// The block that begins at this byte of a slab, which goes when all its blocks have gone.
+    Device(Arc<Buffer>, usize),
 }
+
+/// Bytes that a device is asked for at once, at the least: it takes long over each request, and may wait for all work first.
+const SLAB: usize = 32 << 20;
 
 /// One block: returned to its pool when its last holder lets go.
 #[derive(Debug)]
@@ -199,8 +203,15 @@ impl KvPool {
         let Some(gpu) = &self.gpu else {
             return Some(Storage::Host(vec![0.0; self.shape.block_floats()].into()));
         };
-        match gpu.buffer(self.block_bytes()) {
-            Ok(buffer) => Some(Storage::Device(buffer)),
+        let bytes = self.block_bytes().max(1);
+        let count = (SLAB / bytes).max(1);
+        match gpu.buffer(count * bytes) {
+            Ok(slab) => {
+                let slab = Arc::new(slab);
+                let others = (1..count).map(|at| Storage::Device(slab.clone(), at * bytes));
+                self.shelf().spare.extend(others);
+                Some(Storage::Device(slab, 0))
+            }
             Err(error) => {
                 tracing::warn!(%error, "no further block of keys and values");
                 None
@@ -223,7 +234,7 @@ impl Block {
     fn floats(&self) -> &[f32] {
         match self.storage() {
             Storage::Host(floats) => floats,
-            Storage::Device(_) => unreachable!("kernels for the CPU are given blocks of the CPU"),
+            Storage::Device(..) => unreachable!("kernels for the CPU are given blocks of the CPU"),
         }
     }
 
@@ -255,11 +266,13 @@ impl Block {
         let (first, count) = (shape.place(layer, head), BLOCK * shape.dim);
         let floats = match (self.storage(), self.pool.numbers) {
             (Storage::Host(floats), _) => floats[first..][..2 * count].to_vec(),
-            (Storage::Device(buffer), KvNumbers::F32) => {
-                buffer.read(first, 2 * count).unwrap_or_default()
+            (Storage::Device(slab, at), KvNumbers::F32) => {
+                let first = at / size_of::<f32>() + first;
+                slab.read(first, 2 * count).unwrap_or_default()
             }
-            (Storage::Device(buffer), KvNumbers::Bf16) => {
-                let numbers: Vec<bf16> = buffer.read(first, 2 * count).unwrap_or_default();
+            (Storage::Device(slab, at), KvNumbers::Bf16) => {
+                let first = at / size_of::<bf16>() + first;
+                let numbers: Vec<bf16> = slab.read(first, 2 * count).unwrap_or_default();
                 numbers.to_f32_vec()
             }
         };
@@ -271,7 +284,7 @@ impl Block {
     pub(crate) fn address(&self) -> Address {
         match self.storage() {
             Storage::Host(_) => 0,
-            Storage::Device(buffer) => buffer.address(),
+            Storage::Device(slab, at) => slab.address() + *at as u64,
         }
     }
 
@@ -297,9 +310,11 @@ impl Block {
         let mut copy = self.pool.take()?;
         match (&mut Arc::get_mut(&mut copy)?.storage, self.storage()) {
             (Some(Storage::Host(to)), Storage::Host(from)) => to.copy_from_slice(from),
-            (Some(Storage::Device(to)), Storage::Device(from)) => {
+            (Some(Storage::Device(to, to_at)), Storage::Device(from, from_at)) => {
                 let driver = from.gpu().driver();
-                let copied = driver.copy(to.address(), from.address(), from.bytes());
+                let to = to.address() + *to_at as u64;
+                let from = from.address() + *from_at as u64;
+                let copied = driver.copy(to, from, self.pool.block_bytes());
                 if let Err(error) = copied {
                     tracing::error!(%error, "a block of keys and values could not be copied");
                     return None;
@@ -316,8 +331,9 @@ impl Drop for Block {
         let storage = self.storage.take();
         let mut shelf = self.pool.shelf();
         shelf.out -= 1;
-        // without a bound nobody counts on the memory, and beyond a bound somebody else does
-        if shelf.capacity < usize::MAX && shelf.out + shelf.spare.len() < shelf.capacity {
+        // beyond a bound somebody else counts on the memory; without one nobody does, but to ask a device for it takes long
+        let wanted = shelf.capacity < usize::MAX || self.pool.gpu.is_some();
+        if wanted && shelf.out + shelf.spare.len() < shelf.capacity {
             shelf.spare.extend(storage);
         }
     }
@@ -372,6 +388,30 @@ mod tests {
         assert!(pool.take().is_some(), "it may grow again");
         drop((blocks, second));
         assert_eq!((pool.out(), pool.held()), (0, 3));
+    }
+
+    #[test]
+    fn blocks_of_a_slab_on_a_device_are_apart_and_are_copied_whole() {
+        let Some(gpu) = crate::gpu::emulated::emulated_gpu() else {
+            return;
+        };
+        let pool = KvPool::on_device(pool().shape(), KvNumbers::F32, &gpu);
+        pool.set_capacity(3);
+        let blocks: Vec<_> = (0..2).map(|_| pool.take().unwrap()).collect();
+        for (mark, block) in blocks.iter().enumerate() {
+            let floats = vec![mark as f32 + 1.0; pool.shape().block_floats()];
+            let bytes = bytemuck::cast_slice(&floats);
+            gpu.driver().upload(block.address(), bytes).unwrap();
+        }
+        let copy = blocks[1].copied().unwrap();
+        assert!(pool.take().is_none(), "all are out");
+        for (block, mark) in blocks.iter().chain([&copy]).zip([1.0, 2.0, 2.0]) {
+            let expected = vec![mark; BLOCK * 4];
+            assert_eq!(block.both(1, 2), [expected.clone(), expected]);
+        }
+        let addresses = [blocks[0].address(), blocks[1].address(), copy.address()];
+        drop((blocks, copy));
+        assert!(addresses.contains(&pool.take().unwrap().address()));
     }
 
     #[test]
