@@ -532,6 +532,26 @@ mod tests {
     }
 
     #[test]
+    fn two_ranks_on_two_devices_are_one_model() {
+        let (Some(one), Some(other)) = (emulated_gpu(), emulated_gpu()) else {
+            return;
+        };
+        let fixture = folder().join("qwen3_5_text");
+        let args = VerifyArgs {
+            reference: fixture.join("golden.safetensors"),
+            model: fixture,
+            chunk: Some(40),
+            tolerance: TOLERANCE,
+            quant: None,
+            world_size: 2,
+            device: "cuda:0".into(),
+            max_kl: None,
+        };
+        let report = verify::run_at(&args, &[Place::Gpu(one), Place::Gpu(other)]).unwrap();
+        assert!(report.passed(), "{report}");
+    }
+
+    #[test]
     #[ignore = "ten minutes on two cores; a device does it in seconds by `neuron selftest`"]
     fn every_fixture_is_right_on_a_device_in_every_way() {
         all_cases().into_iter().for_each(passes);
