@@ -181,7 +181,7 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         salt: Option<&Arc<str>>,
         tokens: &[u32],
         block: impl Fn(usize) -> B,
-        snapshot: impl FnOnce() -> (S, u64),
+        snapshot: impl FnOnce() -> Option<(S, u64)>,
     ) -> bool {
         let mut id = self.root(salt);
         let full = tokens.chunks_exact(BLOCK);
@@ -195,7 +195,9 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
             self.use_snapshot(id, index);
             return false;
         }
-        let (snapshot, bytes) = snapshot();
+        let Some((snapshot, bytes)) = snapshot() else {
+            return false;
+        };
         if bytes > self.snapshot_budget {
             return false;
         }
@@ -377,7 +379,7 @@ mod tests {
 
     fn keep(tree: &mut Tree, tokens: &[u32]) -> bool {
         let block = |at: usize| blocks(tokens)[at].clone();
-        tree.keep(None, tokens, block, || (tokens.to_vec(), 1))
+        tree.keep(None, tokens, block, || Some((tokens.to_vec(), 1)))
     }
 
     fn counted(from: u32, count: usize) -> Vec<u32> {
@@ -428,7 +430,12 @@ mod tests {
         let mut tree = Tree::new(100);
         let tokens = counted(0, 50);
         let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
-        let kept = || (tokens[..40].to_vec(), 1);
+        let kept = || Some((tokens[..40].to_vec(), 1));
+        let block = |at: usize| blocks(&tokens[..40])[at].clone();
+        assert!(
+            !tree.keep(Some(&a), &tokens[..40], block, || None),
+            "no room for it"
+        );
         let block = |at: usize| blocks(&tokens[..40])[at].clone();
         tree.keep(Some(&a), &tokens[..40], block, kept);
         assert!(tree.find(Some(&a), &tokens).found.is_some());

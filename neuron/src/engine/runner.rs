@@ -127,10 +127,11 @@ impl ModelRunner {
             return;
         };
         let tokens = &sequence.tokens[..state.len()];
+        // a device that has no room for it goes on without
         let snapshot = || {
             let snapshot = state.snapshot();
             let bytes = snapshot.bytes();
-            (snapshot, bytes)
+            snapshot.is_whole().then_some((snapshot, bytes))
         };
         let block = |at| state.block(at);
         if prefixes.keep(sequence.salt.as_ref(), tokens, block, snapshot) {

@@ -160,6 +160,7 @@ impl Driver for Emulated {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Address, GpuError> {
+        self.state().not_while_recording("allocate")?;
         let layout = layout(bytes);
         // SAFETY: the layout is not empty, and what is allocated is all written.
         #[allow(unsafe_code)]

@@ -112,8 +112,12 @@ impl Gpu {
         let address = match workspace.take(bytes) {
             Some(address) => address,
             None => {
-                let piece = bytes.max(PIECE);
-                let address = self.driver().allocate(piece)?;
+                let (address, piece) = match self.driver().allocate(bytes.max(PIECE)) {
+                    Ok(address) => (address, bytes.max(PIECE)),
+                    // there is not as much left, but what is needed may be
+                    Err(GpuError::OutOfMemory { .. }) => (self.driver().allocate(bytes)?, bytes),
+                    Err(error) => return Err(error),
+                };
                 workspace.add(address, piece);
                 workspace.take(bytes).expect("the piece is large enough")
             }

@@ -360,6 +360,13 @@ impl Snapshot {
         self.len == 0
     }
 
+    /// Whether there was room for all of it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let own = self.slot.as_ref().is_none_or(|slot| slot.address().is_ok());
+        own && self.others.iter().flatten().all(Self::is_whole)
+    }
+
     /// Bytes it holds beside its block, over all ranks.
     #[must_use]
     pub fn bytes(&self) -> u64 {

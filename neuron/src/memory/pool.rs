@@ -173,6 +173,12 @@ impl KvPool {
         self.numbers
     }
 
+    /// Whether its blocks are on a device.
+    #[must_use]
+    pub fn is_on_device(&self) -> bool {
+        self.gpu.is_some()
+    }
+
     /// Bytes of a block.
     #[must_use]
     pub fn block_bytes(&self) -> usize {

@@ -43,6 +43,9 @@ impl DeltaPlace {
     }
 }
 
+/// Slots that are kept for those who come next; the memory of others goes back, as others may have been promised it.
+const MOST_SPARE: usize = 2;
+
 /// Where slots come from. Copies are handles of the same.
 #[derive(Debug, Clone)]
 pub(crate) struct SlotPool {
@@ -207,7 +210,10 @@ impl Clone for Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         if let Some(Ok(memory)) = self.memory.take() {
-            self.pool.spare().push(memory);
+            let mut spare = self.pool.spare();
+            if spare.len() < MOST_SPARE {
+                spare.push(memory);
+            }
         }
     }
 }

@@ -102,10 +102,18 @@ pub trait OnDevices {
 /// # Errors
 /// When the group is broken, or the device fails.
 pub fn brought(communicator: &dyn Communicator, rows: &Rows) -> candle_core::Result<Tensor> {
-    if let (Rows::Device(_), Some(devices)) = (rows, communicator.on_devices()) {
-        devices.settle()?;
+    if let Rows::Device(_) = rows {
+        settle(communicator)?;
     }
     rows.tensor()
+}
+
+/// Waits until the device of the rank has done its work, where that may wait for other ranks, see [`OnDevices::settle`].
+///
+/// # Errors
+/// When the group is broken.
+pub fn settle(communicator: &dyn Communicator) -> Result<(), GroupError> {
+    communicator.on_devices().map_or(Ok(()), OnDevices::settle)
 }
 
 /// The sum of `part` over all ranks, where the parts are.

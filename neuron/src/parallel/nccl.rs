@@ -39,7 +39,7 @@ type Stream = *mut c_void;
 #[derive(Clone, Copy)]
 struct UniqueId([c_char; 128]);
 
-/// `ncclConfig_t` as it was in 2.17; later ones are longer and say so by their size.
+/// `ncclConfig_t` as far as 2.18 has it; the library takes as much as it knows, and later ones are longer.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -270,27 +270,26 @@ impl Nccl {
             // SAFETY: handle and stream are alive. That there are so many numbers is up to the caller.
             unsafe {
                 begun("ncclGroupStart", (self.functions.group_start)())?;
-                if rank == 0 {
+                let parts = || -> Result<(), GroupError> {
+                    if rank > 0 {
+                        let (part, count) = (from as *const c_void, counts[rank]);
+                        let code = (self.functions.send)(part, count, FLOAT32, 0, comm, stream);
+                        return begun("ncclSend", code);
+                    }
                     let mut at = to + (counts[0] * size_of::<f32>()) as u64;
-                    for (peer, count) in counts.iter().enumerate().skip(1) {
+                    for (peer, count) in (0..).zip(counts).skip(1) {
                         let into = at as *mut c_void;
-                        let code = (self.functions.receive)(
-                            into,
-                            *count,
-                            FLOAT32,
-                            peer as c_int,
-                            comm,
-                            stream,
-                        );
+                        let code =
+                            (self.functions.receive)(into, *count, FLOAT32, peer, comm, stream);
                         begun("ncclRecv", code)?;
                         at += (count * size_of::<f32>()) as u64;
                     }
-                } else {
-                    let part = from as *const c_void;
-                    let code = (self.functions.send)(part, counts[rank], FLOAT32, 0, comm, stream);
-                    begun("ncclSend", code)?;
-                }
+                    Ok(())
+                };
+                let parts = parts();
+                // also where a part was refused: an open group would keep every later call
                 let code = (self.functions.group_end)();
+                parts?;
                 self.ask_after(comm, "ncclGroupEnd", code)
             }
         })

@@ -15,7 +15,7 @@ use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::{Engine, EngineConfig};
 use crate::gpu::GpuError;
-use crate::model::{CausalLm, LoadError, LoadOptions};
+use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
 use crate::parallel;
 use budgets::{Budgets, Demand};
 use folder::{FolderError, ModelText};
@@ -133,6 +133,8 @@ enum LoadFailed {
     Model(#[from] LoadError),
     #[error(transparent)]
     Device(#[from] GpuError),
+    #[error("the first step failed: {0}")]
+    FirstStep(#[from] ModelError),
     #[error("no thread for the engine: {0}")]
     Thread(std::io::Error),
 }
@@ -229,7 +231,9 @@ impl Residency {
                     let same_format = wanted.quant.is_none() || wanted.quant == entry.wanted.quant;
                     let same_ranks = wanted.tensor_parallel.is_none()
                         || wanted.tensor_parallel == entry.wanted.tensor_parallel;
-                    let same = same_length && same_format && same_ranks;
+                    let same_devices =
+                        wanted.devices.is_empty() || wanted.devices == entry.wanted.devices;
+                    let same = same_length && same_format && same_ranks && same_devices;
                     if wanted.source == entry.wanted.source && same {
                         return Ok(entry.status());
                     }
@@ -338,6 +342,21 @@ impl Residency {
     }
 }
 
+/// Runs the largest step that reads a prompt, and one that writes, where the model is on devices: after them all memory that
+/// results pass through is taken, so that what is free is free, and kernels are compiled before the first request.
+fn warm_up(model: &dyn CausalLm, rows: usize) -> Result<(), ModelError> {
+    if !model.pool().is_on_device() {
+        return Ok(());
+    }
+    let mut state = model.new_state();
+    let ids = vec![0; rows.min(model.context_length() - 1).max(1)];
+    for ids in [&ids[..], &[0]] {
+        let batch = Batch::single(ids, LogitRows::Last);
+        model.forward_best(&batch, &mut [&mut state], model.vocab_size())?;
+    }
+    Ok(())
+}
+
 /// Budgets, held.
 fn held(budgets: &Mutex<Budgets>) -> MutexGuard<'_, Budgets> {
     // A budget that was not told to its engine is told with the next change.
@@ -353,8 +372,10 @@ impl Shared {
     /// What models on `devices` share.
     fn budgets(&self, devices: &[String]) -> Arc<Mutex<Budgets>> {
         let mut all = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = all.entry(devices.to_vec()).or_insert_with(|| {
-            let budgets = Budgets::new(self.free.clone(), devices.to_vec());
+        let mut devices = devices.to_vec();
+        devices.sort(); // the same ones are the same memory
+        let own = all.entry(devices.clone()).or_insert_with(|| {
+            let budgets = Budgets::new(self.free.clone(), devices);
             Arc::new(Mutex::new(budgets))
         });
         own.clone()
@@ -466,6 +487,8 @@ impl Shared {
         })?;
         let context_length = model.context_length();
         let weight_bytes = model.weight_bytes();
+        let demand = Demand::of(&*model, self.limits, &devices);
+        warm_up(&*model, demand.prefill_tokens)?;
         // nobody else may be given what this model is until its engine is known
         let mut budgets = held(&shared);
         let room = budgets.room_for_states(load);
@@ -473,7 +496,7 @@ impl Shared {
         preflight::check_context(&folder, context_length, room, |tokens| {
             model.state_bytes(tokens)
         })?;
-        let bounds = budgets.admit(load, Demand::of(&*model, self.limits, &devices));
+        let bounds = budgets.admit(load, demand);
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
             vocab: text.tokenizer.vocab_size(),

@@ -84,8 +84,8 @@ pub enum SelftestError {
 pub struct Report {
     /// The device's name.
     pub device: String,
-    /// What it gives at best.
-    pub peaks: Peaks,
+    /// What it gives at best, if it came to that.
+    pub peaks: Option<Peaks>,
     /// One entry a kernel.
     pub kernels: Vec<Outcome>,
     /// One entry a fixture, number format and size of pieces.
@@ -139,13 +139,16 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{}: copies {:.0} GB/s, multiplies bf16 at {:.0} T/s\n",
-            self.device,
-            self.peaks.bandwidth / 1e9,
-            self.peaks.bf16_rate / 1e12
-        )?;
+        write!(f, "{}", self.device)?;
+        if let Some(peaks) = self.peaks {
+            write!(
+                f,
+                ": copies {:.0} GB/s, multiplies bf16 at {:.0} T/s",
+                peaks.bandwidth / 1e9,
+                peaks.bf16_rate / 1e12
+            )?;
+        }
+        writeln!(f, "\n")?;
         for (name, part) in [
             ("kernels against f64", &self.kernels),
             ("models against golden numbers", &self.models),
@@ -200,25 +203,55 @@ pub fn run(args: &SelftestArgs) -> Result<Report, SelftestError> {
         })
         .collect::<Result<Vec<_>, _>>()?;
     let gpu = devices::open_gpu(&args.device)?;
+    let name = gpu.driver().name();
+    // the kernels first: where one is wrong, nothing after it says more
+    let kernels = kernels(&gpu);
+    let mut report = Report {
+        device: name,
+        peaks: None,
+        kernels,
+        models: Vec::new(),
+        equalities: Vec::new(),
+        measurements: Vec::new(),
+    };
+    if !usable(&gpu, "kernels", &mut report.kernels) {
+        return Ok(report);
+    }
     let peaks = Peaks::measure(&gpu, 1 << 30, 8192)?;
+    report.peaks = Some(peaks);
     let fixtures = Fixtures::lay_down()?;
-    let (mut models, mut equalities) = (Vec::new(), Vec::new());
     for case in all_cases() {
         let folder = fixtures.folder.path();
-        look_at(&gpu, folder, case, &mut models, &mut equalities)?;
+        let (models, equalities) = (&mut report.models, &mut report.equalities);
+        if let Err(error) = look_at(&gpu, folder, case, models, equalities) {
+            models.push(Outcome {
+                what: format!("{} in {}", case.fixture, case.format),
+                passed: false,
+                found: error.to_string(),
+            });
+        }
+        if !usable(&gpu, case.fixture, &mut report.models) {
+            return Ok(report);
+        }
     }
-    let mut measurements = Vec::new();
     for shape in shapes {
-        measure(&gpu, shape, args, peaks, &mut measurements)?;
+        measure(&gpu, shape, args, peaks, &mut report.measurements)?;
     }
-    Ok(Report {
-        device: gpu.driver().name(),
-        peaks,
-        kernels: kernels(&gpu),
-        models,
-        equalities,
-        measurements,
-    })
+    Ok(report)
+}
+
+/// Whether the device can still be used after `what`. Where it cannot, that is added to `outcomes`: an error of a kernel shows
+/// only when work is waited for, and stays.
+fn usable(gpu: &Gpu, what: &str, outcomes: &mut Vec<Outcome>) -> bool {
+    let waited = gpu.driver().synchronize();
+    if let Err(error) = &waited {
+        outcomes.push(Outcome {
+            what: format!("the device after {what}"),
+            passed: false,
+            found: error.to_string(),
+        });
+    }
+    waited.is_ok()
 }
 
 /// Every kernel against its reference. A program that cannot use a device has no checks for one.
@@ -227,7 +260,11 @@ fn kernels(gpu: &Gpu) -> Vec<Outcome> {
     return checks::ALL
         .iter()
         .map(|(what, check)| {
-            let outcome = catch_unwind(AssertUnwindSafe(|| checks::run(*check, gpu)));
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                checks::run(*check, gpu);
+                let waited = gpu.driver().synchronize();
+                waited.expect("the device has done all of it");
+            }));
             Outcome {
                 what: (*what).to_owned(),
                 passed: outcome.is_ok(),

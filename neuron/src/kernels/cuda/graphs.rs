@@ -3,7 +3,7 @@
 
 use super::DeviceRows;
 use super::step::{Shape, Step};
-use crate::gpu::{Address, Graph};
+use crate::gpu::{Address, Gpu, Graph};
 use candle_core::Result;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,30 @@ const KEPT: usize = 256;
 /// What has been recorded of a model. Tables and results lie at the same places whenever a step of the same shape is done,
 /// so that a shape is all that has to be looked at.
 #[derive(Debug, Default)]
-pub(crate) struct Graphs(Mutex<HashMap<Key, Stage>>);
+pub(crate) struct Graphs(Mutex<Recordings>);
+
+#[derive(Debug, Default)]
+struct Recordings {
+    stages: HashMap<Key, Stage>,
+    /// The device that holds them.
+    gpu: Option<Gpu>,
+}
+
+impl Recordings {
+    fn clear(&mut self) {
+        for (_, stage) in self.stages.drain() {
+            if let (Stage::Recorded { graph, .. }, Some(gpu)) = (stage, &self.gpu) {
+                gpu.driver().forget(graph);
+            }
+        }
+    }
+}
+
+impl Drop for Recordings {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
 
 /// Where a step's tables are, its shape, and the kind of its work.
 type Key = (Address, Shape, Option<usize>);
@@ -40,40 +63,39 @@ impl Graphs {
         &self,
         step: &Step,
         kind: Option<usize>,
-        work: impl FnOnce() -> Result<DeviceRows>,
+        mut work: impl FnMut() -> Result<DeviceRows>,
     ) -> Result<Vec<f32>> {
         let driver = step.gpu().driver();
         let key = (step.address(), step.shape, kind);
-        let mut stages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let stage = match stages.get(&key).copied() {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.gpu.get_or_insert_with(|| step.gpu().clone());
+        let stage = match held.stages.get(&key).copied() {
             None => {
                 let result = work()?.numbers()?;
-                if stages.len() >= KEPT {
-                    for (_, stage) in stages.drain() {
-                        if let Stage::Recorded { graph, .. } = stage {
-                            driver.forget(graph);
-                        }
-                    }
+                if held.stages.len() >= KEPT {
+                    held.clear();
                 }
-                stages.insert(key, Stage::Done);
+                held.stages.insert(key, Stage::Done);
                 return Ok(result);
             }
             Some(Stage::Done) => {
                 driver.begin_recording()?;
                 let result = work();
                 let graph = driver.end_recording(); // whatever became of the work
-                let (result, graph) = (result?, graph?);
-                let numbers = result.count() * result.width();
+                let (Ok(result), Ok(graph)) = (result, graph) else {
+                    // the workspace had to grow, which cannot be recorded; it has by the time it is tried again
+                    return Ok(work()?.numbers()?);
+                };
                 // the rows go back to the workspace: each replay writes them anew, and they are read at once
                 Stage::Recorded {
                     graph,
                     result: result.address(),
-                    numbers,
+                    numbers: result.count() * result.width(),
                 }
             }
             Some(recorded) => recorded,
         };
-        stages.insert(key, stage);
+        held.stages.insert(key, stage);
         let Stage::Recorded {
             graph,
             result,
@@ -86,5 +108,45 @@ impl Graphs {
         let mut found = vec![0.0f32; numbers];
         driver.download(result, bytemuck::cast_slice_mut(&mut found))?;
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulated::emulated_gpu;
+    use crate::kernels::cuda::ops;
+    use crate::kernels::cuda::step::StepMemory;
+    use crate::model::{Batch, LogitRows};
+
+    #[test]
+    fn what_cannot_be_recorded_is_done_and_recorded_later() {
+        let Some(gpu) = emulated_gpu() else { return };
+        let batch = Batch::single(&[1], LogitRows::None);
+        let step = |memory: &StepMemory| {
+            let mut batch = batch.clone();
+            batch.segments.clear();
+            Step::new(&gpu, memory, &batch, &[], &[]).unwrap()
+        };
+        let (memory, graphs) = (StepMemory::default(), Graphs::default());
+        let input = DeviceRows::of(&gpu, &[2.0, 3.0], 2).unwrap();
+        let mut done = Vec::new();
+        for round in 0..5u8 {
+            input.write(&[f32::from(round), 3.0]).unwrap();
+            let mut works = 0;
+            let found = graphs.run(&step(&memory), None, || {
+                works += 1;
+                if round == 1 && works == 1 {
+                    gpu.buffer(1)?; // not while it is recorded
+                }
+                Ok(ops::swiglu(&input, &input)?)
+            });
+            let x = f64::from(round);
+            let expected = (x * x / (1.0 + (-x).exp())) as f32;
+            assert!((found.unwrap()[0] - expected).abs() < 1e-5, "round {round}");
+            done.push(works);
+        }
+        // done, tried in vain and done again, recorded, replayed
+        assert_eq!(done, [1, 2, 1, 0, 0]);
     }
 }

@@ -156,6 +156,19 @@ impl DeviceMatrix {
         Ok(y)
     }
 
+    /// The most rows that are multiplied with the weights as they are. A matrix that would take much memory when it is widened, as
+    /// a head is, is spared that for as many rows as answers and scores of prompts want at once.
+    fn most_rows(&self) -> usize {
+        const MUCH: usize = 256 << 20;
+        const SPARED: usize = 64;
+        let as_it_is = matches!(self.numerals, Numerals::Of(Format::F32 | Format::Bf16));
+        if !as_it_is && 2 * self.rows * self.width > MUCH {
+            SPARED
+        } else {
+            MOST_ROWS
+        }
+    }
+
     /// The matrix in bf16, in the workspace.
     fn widened(&self, gpu: &Gpu) -> Result<Scratch, GpuError> {
         let wide = gpu.scratch(2 * self.rows * self.width)?;
@@ -214,7 +227,7 @@ fn linear(
     assert_eq!(x.width(), weight.width, "a row meets weights of its width");
     let gpu = x.gpu();
     let y = DeviceRows::new(gpu, x.count(), weight.rows)?;
-    if x.count() <= MOST_ROWS {
+    if x.count() <= weight.most_rows() {
         few_rows(x, weight, &y)?;
         return Ok(y);
     }

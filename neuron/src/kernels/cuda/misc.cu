@@ -70,7 +70,7 @@ struct Best {
 
 // Where the largest of the first `width` numbers of each row is, and what it is; rows are `stride` apart. A block a row,
 // best of 1024 threads, whole warps.
-extern "C" __global__ void argmax(const float* __restrict__ logits, int stride, int width, unsigned* __restrict__ ids,
+extern "C" __global__ void __launch_bounds__(1024) argmax(const float* __restrict__ logits, int stride, int width, unsigned* __restrict__ ids,
                                   float* __restrict__ best) {
   __shared__ float values[32];
   __shared__ unsigned places[32];

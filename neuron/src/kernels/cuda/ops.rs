@@ -235,14 +235,7 @@ impl DeltaRule<'_> {
             16 => "delta_rule_16",
             32 => "delta_rule_32",
             64 => "delta_rule_64",
-            128 => "delta_rule_128",
-            found => {
-                return Err(GpuError::Size {
-                    what: "key dimension",
-                    found,
-                    made_for: "16, 32, 64 and 128",
-                });
-            }
+            _ => "delta_rule_128", // see `suits_delta_net`
         };
         launch(
             self.convolved.gpu(),
@@ -347,8 +340,50 @@ pub(crate) struct FullAttention<'a> {
     pub(crate) kv: KvNumbers,
 }
 
-/// Query heads that share a kv head go together, so many at most.
-const MOST_GROUPED: usize = 16;
+fn only(what: &'static str, found: usize, made_for: &'static str, suits: bool) -> Result<()> {
+    if suits {
+        return Ok(());
+    }
+    Err(GpuError::Size {
+        what,
+        found,
+        made_for,
+    })
+}
+
+/// Whether there are kernels for attention with heads of `dim`, `group` of which share keys and values.
+pub(crate) fn suits_attention(dim: usize, group: usize) -> Result<()> {
+    let dims = [32, 64, 128, 256];
+    only(
+        "head dimension",
+        dim,
+        "32, 64, 128 and 256",
+        dims.contains(&dim),
+    )?;
+    only(
+        "query heads a kv head",
+        group,
+        "1 to 16",
+        (1..=16).contains(&group),
+    )
+}
+
+/// Whether there are kernels for a gated delta net with keys of `key_dim` and a convolution over `taps` rows.
+pub(crate) fn suits_delta_net(key_dim: usize, taps: usize) -> Result<()> {
+    let dims = [16, 32, 64, 128];
+    only(
+        "key dimension",
+        key_dim,
+        "16, 32, 64 and 128",
+        dims.contains(&key_dim),
+    )?;
+    only(
+        "rows of a convolution",
+        taps,
+        "1 to 8",
+        (1..=8).contains(&taps),
+    )
+}
 
 /// Norms and turns queries and keys, appends keys and values to their sequences, attends and gates: from projections
 /// (t, heads · 2 dim), and twice (t, kv heads · dim), to (t, heads · dim). `layer` is the place in blocks.
@@ -365,19 +400,6 @@ pub(crate) fn attention(
         dim,
         ..
     } = *full;
-    let made_for = |what, found, made_for| {
-        Err(GpuError::Size {
-            what,
-            found,
-            made_for,
-        })
-    };
-    if ![32, 64, 128, 256].contains(&dim) {
-        return made_for("head dimension", dim, "32, 64, 128 and 256");
-    }
-    if heads / kv_heads > MOST_GROUPED {
-        return made_for("query heads a kv head", heads / kv_heads, "1 to 16");
-    }
     let rows = both.count();
     let queries = DeviceRows::new(gpu, rows, heads * dim)?;
     let width = int(step.shape.table_width);

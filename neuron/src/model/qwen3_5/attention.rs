@@ -48,6 +48,9 @@ impl Attention {
     ) -> std::result::Result<Self, LoadError> {
         let (hidden, dim) = (config.hidden_size, config.head_dim);
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        if weights.place().gpu().is_some() {
+            ops::suits_attention(dim, heads / kv_heads)?;
+        }
         let norm = |name| RmsNorm::load(weights, name, dim, config.rms_norm_eps);
         let rope = RotaryEmbedding::new(config.rotated_dims, config.rope_theta);
         let q_proj = ColumnParallelLinear::load(weights, "q_proj", heads, 2 * dim, hidden)?; // query and gate of a head stay together

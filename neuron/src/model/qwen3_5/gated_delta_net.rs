@@ -48,6 +48,9 @@ impl GatedDeltaNet {
         let (key_heads, value_heads) = (config.linear_num_key_heads, config.linear_num_value_heads);
         let (key_dim, value_dim) = (config.linear_key_head_dim, config.linear_value_head_dim);
         let taps = config.linear_conv_kernel_dim;
+        if weights.place().gpu().is_some() {
+            ops::suits_delta_net(key_dim, taps)?;
+        }
         let blocks = [
             (key_heads, key_dim),
             (key_heads, key_dim),

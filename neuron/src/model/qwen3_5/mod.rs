@@ -14,7 +14,7 @@ use crate::kernels::rows::{Place, Rows};
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
 use crate::memory::slot::SlotPool;
-use crate::parallel::{Communicator, in_pool, is_alone};
+use crate::parallel::{Communicator, brought, in_pool, is_alone, settle};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Result, Tensor};
 use config::Config;
@@ -37,7 +37,7 @@ struct Pass<'a, 's> {
     states: &'a mut [&'s mut SequenceState],
     /// Where the rows of each state begin in its sequence.
     starts: Vec<usize>,
-    probe: &'a mut Probe<'a>,
+    probe: Option<&'a mut Probe<'a>>,
     /// Tables of the step, where the model is on a device.
     step: Option<Step>,
 }
@@ -49,8 +49,13 @@ impl Pass<'_, '_> {
         step.ok_or_else(|| candle_core::Error::Msg("a step on a device has tables".into()))
     }
 
-    fn show(&mut self, what: Seen, rows: &Rows) {
-        (self.probe)(what, rows);
+    /// Shows `rows` to the probe, where there is one. It may wait for the device.
+    fn show(&mut self, what: Seen, rows: &Rows, communicator: &dyn Communicator) -> Result<()> {
+        if let Some(probe) = &mut self.probe {
+            settle(communicator)?;
+            probe(what, rows);
+        }
+        Ok(())
     }
 }
 
@@ -145,10 +150,12 @@ impl Qwen3_5ForCausalLm {
         let logits = match wanted.count() {
             0 => None,
             _ => {
-                pass.show(Seen::HeadInput, &wanted);
+                pass.show(Seen::HeadInput, &wanted, &*self.communicator)?;
                 self.lm_head.forward(&wanted)? // (wanted, vocab)
             }
         };
+        // what is done after the step may wait for the device
+        settle(&*self.communicator)?;
         logits.map_or_else(|| self.no_logits(), Ok)
     }
 
@@ -156,14 +163,14 @@ impl Qwen3_5ForCausalLm {
     fn last_rows(&self, pass: &mut Pass<'_, '_>) -> Result<Rows> {
         let ids = &pass.batch.ids;
         let mut hidden = self.embed_tokens.forward(ids, pass.step.as_ref())?; // (t, hidden)
-        pass.show(Seen::Hidden(0), &hidden);
+        pass.show(Seen::Hidden(0), &hidden, &*self.communicator)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(hidden, index, pass)?;
-            pass.show(Seen::Hidden(index + 1), &hidden);
+            pass.show(Seen::Hidden(index + 1), &hidden, &*self.communicator)?;
         }
         if self.mtp.is_some() {
             let all = self.norm.forward(&hidden)?; // (t, hidden): the drafting layer follows every token
-            pass.show(Seen::Final, &all);
+            pass.show(Seen::Final, &all, &*self.communicator)?;
             wanted(all, pass)
         } else {
             self.norm.forward(&wanted(hidden, pass)?)
@@ -187,7 +194,7 @@ impl Qwen3_5ForCausalLm {
         };
         Ok(Drafted {
             logits: logits.map_or_else(|| self.no_logits(), Ok)?,
-            hidden: hidden.tensor()?,
+            hidden: brought(&*self.communicator, &hidden)?,
         })
     }
 
@@ -207,7 +214,7 @@ impl Qwen3_5ForCausalLm {
             batch,
             states,
             starts,
-            probe: &mut |_, _| {},
+            probe: None,
             step,
         };
         let drafts = in_pool(&*self.communicator, || {
@@ -253,6 +260,24 @@ impl Qwen3_5ForCausalLm {
         Ok((starts, step))
     }
 
+    /// [`CausalLm::forward`], with a probe or without.
+    fn forward_shown(
+        &self,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        probe: Option<&mut Probe<'_>>,
+    ) -> std::result::Result<Tensor, ModelError> {
+        let (starts, step) = self.begin(batch, states)?;
+        let mut pass = Pass {
+            batch,
+            states,
+            starts,
+            probe: probe.map(|probe| probe as &mut Probe<'_>),
+            step,
+        };
+        Ok(in_pool(&*self.communicator, || self.run(&mut pass))?)
+    }
+
     /// A step of a model that is whole on a device, without probes: the logits, or what [`CausalLm::forward_best`] gives of the
     /// first `best` entries, as [`ops::best`] has it.
     fn forward_on_device(
@@ -266,7 +291,7 @@ impl Qwen3_5ForCausalLm {
             batch,
             states,
             starts: Vec::new(), // the tables have them
-            probe: &mut |_, _| {},
+            probe: None,
             step: Some(step.clone()),
         };
         let mut work = || {
@@ -377,7 +402,7 @@ impl CausalLm for Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
     ) -> std::result::Result<Tensor, ModelError> {
         if !self.is_whole_on_device(batch) {
-            return self.forward_probed(batch, states, &mut |_, _| {});
+            return self.forward_shown(batch, states, None);
         }
         let (_, step) = self.begin(batch, states)?;
         let step = step.expect("a model on a device has tables");
@@ -414,15 +439,7 @@ impl CausalLm for Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
         probe: &mut Probe<'_>,
     ) -> std::result::Result<Tensor, ModelError> {
-        let (starts, step) = self.begin(batch, states)?;
-        let mut pass = Pass {
-            batch,
-            states,
-            starts,
-            probe,
-            step,
-        };
-        Ok(in_pool(&*self.communicator, || self.run(&mut pass))?)
+        self.forward_shown(batch, states, Some(probe))
     }
 
     fn draft(

@@ -64,7 +64,7 @@ impl SparseMoeBlock {
     /// (t, hidden) → (t, hidden); `layer` is shown to the probe with the router's logits.
     pub(super) fn forward(&self, x: &Rows, layer: usize, pass: &mut Pass<'_, '_>) -> Result<Rows> {
         let logits = self.gate.forward(x)?; // (t, experts)
-        pass.show(Seen::Router(layer), &logits);
+        pass.show(Seen::Router(layer), &logits, &*self.communicator)?;
         let visits = with_f32(&brought(&*self.communicator, &logits)?, |logits| {
             self.route(logits)
         })?;

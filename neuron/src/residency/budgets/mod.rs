@@ -59,7 +59,7 @@ pub(super) struct Demand {
     /// Bytes of a block of keys and values.
     block: u64,
     /// Prompt tokens of a step.
-    prefill_tokens: usize,
+    pub(super) prefill_tokens: usize,
     limits: Limits,
 }
 
