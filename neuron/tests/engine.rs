@@ -97,6 +97,7 @@ impl Serving {
             blocks: self.blocks.unwrap_or(10_000),
             drafts: self.drafts,
             snapshot_bytes: self.snapshots * saved,
+            host_snapshot_bytes: 0,
         }
     }
 }

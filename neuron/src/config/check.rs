@@ -74,6 +74,7 @@ pub(super) fn check(settings: Settings, file: &Path) -> Result<Config, ConfigErr
             Some(bytes) => Some(positive("limits.state_bytes", bytes)? as u64),
             None => None,
         },
+        host_snapshot_bytes: settings.limits.host_snapshot_bytes,
         prefix_cache: settings.limits.prefix_cache,
         draft_tokens: match settings.limits.draft_tokens {
             tokens @ 0..=MOST_DRAFTS => tokens as usize,

@@ -69,6 +69,8 @@ pub struct Limits {
     /// Bytes that the states of one model may take; as much as is of use when absent. All models together never take more
     /// than there is.
     pub state_bytes: Option<u64>,
+    /// Bytes of the host's memory that saved states of a model on devices may be moved to; a quarter of what is free when absent.
+    pub host_snapshot_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones.
     pub prefix_cache: bool,
     /// Tokens guessed ahead by models that have a layer for it; zero guesses none.

@@ -42,6 +42,8 @@ pub(super) struct LimitSettings {
     pub(super) prefill_chunk_tokens: Option<u64>,
     /// Bytes of keys, values and recurrent states, for each model; as much as is of use and free when absent.
     pub(super) state_bytes: Option<u64>,
+    /// Bytes of the host's memory for saved states of a device; a quarter of what is free when absent.
+    pub(super) host_snapshot_bytes: Option<u64>,
     /// Whether what sequences computed is kept for later ones that begin alike.
     pub(super) prefix_cache: bool,
     /// Tokens guessed ahead, 0 to 3.
@@ -107,6 +109,7 @@ impl Default for LimitSettings {
             max_queued_prompt_tokens: 1_000_000,
             prefill_chunk_tokens: None,
             state_bytes: None,
+            host_snapshot_bytes: None,
             prefix_cache: true,
             draft_tokens: 0,
             request_deadline_seconds: 3600,
@@ -156,6 +159,7 @@ impl Settings {
             },
             limits: LimitSettings {
                 state_bytes: Some(1),
+                host_snapshot_bytes: Some(1),
                 prefill_chunk_tokens: Some(1),
                 ..LimitSettings::default()
             },

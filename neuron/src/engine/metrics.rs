@@ -33,7 +33,9 @@ pub struct EngineMetrics {
     cache_hits: IntCounterVec,
     snapshots_saved: IntCounterVec,
     snapshots_evicted: IntCounterVec,
+    snapshots_spilled: IntCounterVec,
     snapshot_bytes: IntGaugeVec,
+    host_snapshot_bytes: IntGaugeVec,
     drafted: IntCounterVec,
     accepted: IntCounterVec,
     blocks: IntGaugeVec,
@@ -86,8 +88,12 @@ pub struct ModelMetrics {
     pub snapshots_saved: IntCounter,
     /// Saved states let go.
     pub snapshots_evicted: IntCounter,
+    /// Saved states moved from a device to the host.
+    pub snapshots_spilled: IntCounter,
     /// What saved states hold.
     pub snapshot_bytes: IntGauge,
+    /// What those hold that were moved to the host.
+    pub host_snapshot_bytes: IntGauge,
     /// Tokens guessed ahead.
     pub drafted: IntCounter,
     /// Those of them that held.
@@ -235,6 +241,15 @@ impl EngineMetrics {
                 "Saved states let go to make room.",
                 &["model"],
             ),
+            snapshots_spilled: counter(
+                "neuron_snapshots_spilled_total",
+                "Saved states moved from a device to the host's memory to make room.",
+                &["model"],
+            ),
+            host_snapshot_bytes: gauge(
+                "neuron_host_snapshot_bytes",
+                "Bytes of saved states that were moved from a device to the host's memory.",
+            ),
             drafted: counter(
                 "neuron_spec_decode_num_draft_tokens_total",
                 "Tokens guessed ahead of sequences that write.",
@@ -297,7 +312,9 @@ impl EngineMetrics {
             cache_hits: self.cache_hits.with_label_values(label),
             snapshots_saved: self.snapshots_saved.with_label_values(label),
             snapshots_evicted: self.snapshots_evicted.with_label_values(label),
+            snapshots_spilled: self.snapshots_spilled.with_label_values(label),
             snapshot_bytes: self.snapshot_bytes.with_label_values(label),
+            host_snapshot_bytes: self.host_snapshot_bytes.with_label_values(label),
             drafted: self.drafted.with_label_values(label),
             accepted: self.accepted.with_label_values(label),
             blocks: self.blocks.with_label_values(label),

@@ -51,12 +51,39 @@ pub struct PrefixTree<B, S> {
     roots: HashMap<Option<Arc<str>>, NodeId>,
     /// Nodes without children, the one longest out of use first.
     leaves: BTreeMap<Tick, NodeId>,
-    /// Nodes of snapshots, the snapshot longest out of use first.
-    saved: BTreeMap<Tick, NodeId>,
+    /// Snapshots where they are used.
+    near: Tier,
+    /// Snapshots that were moved out of the way.
+    far: Tier,
     tick: Tick,
-    snapshot_bytes: u64,
-    snapshot_budget: u64,
     evicted: u64,
+    spilled: u64,
+}
+
+/// Snapshots in one kind of memory.
+#[derive(Debug)]
+struct Tier {
+    /// Their nodes, the snapshot longest out of use first.
+    saved: BTreeMap<Tick, NodeId>,
+    bytes: u64,
+    /// What they may hold.
+    budget: u64,
+}
+
+impl Tier {
+    fn new(budget: u64) -> Self {
+        Self {
+            saved: BTreeMap::new(),
+            bytes: 0,
+            budget,
+        }
+    }
+}
+
+/// What can be moved out of the way to where there is more room, and still be used from there.
+pub trait Spill {
+    /// Moves it. False where there is no other place than the one it is in, or it could not be moved.
+    fn spill(&mut self) -> bool;
 }
 
 #[derive(Debug)]
@@ -79,6 +106,8 @@ struct Saved<S> {
     snapshot: S,
     bytes: u64,
     used: Tick,
+    /// Whether it was moved out of the way.
+    far: bool,
 }
 
 /// Where a sequence can go on.
@@ -101,27 +130,28 @@ pub struct Lookup<B, S> {
     pub fork: Option<usize>,
 }
 
-impl<B: Clone, S: Clone> PrefixTree<B, S> {
-    /// An empty tree whose snapshots may hold so many bytes.
+impl<B: Clone, S: Clone + Spill> PrefixTree<B, S> {
+    /// An empty tree whose snapshots may hold so many bytes, and so many more when they are moved out of the way.
     #[must_use]
-    pub fn new(snapshot_budget: u64) -> Self {
+    pub fn new(near: u64, far: u64) -> Self {
         Self {
             nodes: HashMap::new(),
             next_node: 0,
             roots: HashMap::new(),
             leaves: BTreeMap::new(),
-            saved: BTreeMap::new(),
+            near: Tier::new(near),
+            far: Tier::new(far),
             tick: 0,
-            snapshot_bytes: 0,
-            snapshot_budget,
             evicted: 0,
+            spilled: 0,
         }
     }
 
     /// Changes what its snapshots may hold; those longest out of use go until the others are within it.
-    pub fn set_budget(&mut self, bytes: u64) {
-        self.snapshot_budget = bytes;
-        while self.snapshot_bytes > bytes && self.evict_snapshot() {}
+    pub fn set_budget(&mut self, near: u64, far: u64) {
+        (self.near.budget, self.far.budget) = (near, far);
+        while self.near.bytes > near && self.make_way() {}
+        while self.far.bytes > far && self.evict_snapshot(true) {}
     }
 
     /// Finds the longest beginning of `tokens` to go on from. The last token is never part of it: somebody has to
@@ -198,23 +228,24 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         let Some((snapshot, bytes)) = snapshot() else {
             return false;
         };
-        if bytes > self.snapshot_budget {
+        if bytes > self.near.budget {
             return false;
         }
-        while self.snapshot_bytes + bytes > self.snapshot_budget {
-            self.evict_snapshot();
+        while self.near.bytes + bytes > self.near.budget {
+            self.make_way();
         }
         if !self.nodes.contains_key(&id) {
             id = self.root(salt); // making room has emptied it
         }
         let used = self.next_tick();
-        self.saved.insert(used, id);
-        self.snapshot_bytes += bytes;
+        self.near.saved.insert(used, id);
+        self.near.bytes += bytes;
         self.node(id).snapshots.push(Saved {
             tail: tail.into(),
             snapshot,
             bytes,
             used,
+            far: false,
         });
         true
     }
@@ -225,15 +256,16 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         let frees = |id: &NodeId| self.nodes[id].block.as_ref().is_some_and(&frees);
         let leaf = self.leaves.values().find(|id| frees(id));
         let Some(id) = leaf.or(self.leaves.values().next()).copied() else {
-            return self.evict_snapshot();
+            return self.evict_snapshot(false) || self.evict_snapshot(true);
         };
         let Some(node) = self.nodes.remove(&id) else {
             return false;
         };
         self.leaves.remove(&node.used);
         for saved in &node.snapshots {
-            self.saved.remove(&saved.used);
-            self.snapshot_bytes -= saved.bytes;
+            let tier = self.tier(saved.far);
+            tier.saved.remove(&saved.used);
+            tier.bytes -= saved.bytes;
             self.evicted += 1;
         }
         if let Some(parent) = node.parent {
@@ -256,10 +288,15 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         }
     }
 
-    /// Bytes of its snapshots.
+    /// Bytes of its snapshots where they are used, and of those that were moved out of the way.
     #[must_use]
-    pub fn snapshot_bytes(&self) -> u64 {
-        self.snapshot_bytes
+    pub fn snapshot_bytes(&self) -> (u64, u64) {
+        (self.near.bytes, self.far.bytes)
+    }
+
+    /// Snapshots moved out of the way since this was last asked.
+    pub fn take_spilled(&mut self) -> u64 {
+        std::mem::take(&mut self.spilled)
     }
 
     /// Snapshots let go since this was last asked.
@@ -267,17 +304,50 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
         std::mem::take(&mut self.evicted)
     }
 
-    /// Lets the snapshot longest out of use go; its blocks stay.
-    fn evict_snapshot(&mut self) -> bool {
-        let Some((tick, id)) = self.saved.pop_first() else {
+    fn tier(&mut self, far: bool) -> &mut Tier {
+        if far { &mut self.far } else { &mut self.near }
+    }
+
+    /// Moves the snapshot longest out of use out of the way, or lets it go where there is no room for it.
+    fn make_way(&mut self) -> bool {
+        let Some((tick, id)) = self.near.saved.first_key_value() else {
             return false;
         };
-        let snapshots = &mut self.node(id).snapshots;
-        let index = snapshots.iter().position(|saved| saved.used == tick);
-        let Some(saved) = index.map(|index| snapshots.swap_remove(index)) else {
+        let (tick, id) = (*tick, *id);
+        let budget = self.far.budget;
+        let saved = self.saved(id, tick);
+        let bytes = saved.bytes;
+        if bytes > budget || !saved.snapshot.spill() {
+            return self.evict_snapshot(false);
+        }
+        saved.far = true;
+        self.near.saved.remove(&tick);
+        self.near.bytes -= bytes;
+        self.far.saved.insert(tick, id);
+        self.far.bytes += bytes;
+        self.spilled += 1;
+        while self.far.bytes > budget {
+            self.evict_snapshot(true);
+        }
+        true
+    }
+
+    /// The snapshot of a node that was used last at `tick`.
+    fn saved(&mut self, id: NodeId, tick: Tick) -> &mut Saved<S> {
+        let mut saved = self.node(id).snapshots.iter_mut();
+        saved
+            .find(|saved| saved.used == tick)
+            .expect("a tier lists what nodes have")
+    }
+
+    /// Lets the snapshot of a tier go that is longest out of use; its blocks stay.
+    fn evict_snapshot(&mut self, far: bool) -> bool {
+        let Some((tick, id)) = self.tier(far).saved.pop_first() else {
             return false;
         };
-        self.snapshot_bytes -= saved.bytes;
+        let bytes = self.saved(id, tick).bytes;
+        self.node(id).snapshots.retain(|saved| saved.used != tick);
+        self.tier(far).bytes -= bytes;
         self.evicted += 1;
         self.drop_empty_root(id);
         true
@@ -335,9 +405,11 @@ impl<B: Clone, S: Clone> PrefixTree<B, S> {
 
     fn use_snapshot(&mut self, id: NodeId, index: usize) {
         let used = self.next_tick();
-        let before = std::mem::replace(&mut self.node(id).snapshots[index].used, used);
-        self.saved.remove(&before);
-        self.saved.insert(used, id);
+        let saved = &mut self.node(id).snapshots[index];
+        let (before, far) = (std::mem::replace(&mut saved.used, used), saved.far);
+        let tier = self.tier(far);
+        tier.saved.remove(&before);
+        tier.saved.insert(used, id);
     }
 
     fn next_tick(&mut self) -> Tick {
@@ -369,7 +441,17 @@ mod tests {
     use std::collections::HashSet;
 
     /// The block of tokens is what was computed from them: all tokens up to its end.
-    type Tree = PrefixTree<Arc<[u32]>, Vec<u32>>;
+    type Tree = PrefixTree<Arc<[u32]>, Kept>;
+
+    /// A snapshot: its tokens, and whether it was moved.
+    #[derive(Debug, Clone, PartialEq)]
+    struct Kept(Vec<u32>, bool);
+
+    impl Spill for Kept {
+        fn spill(&mut self) -> bool {
+            !std::mem::replace(&mut self.1, true)
+        }
+    }
 
     fn blocks(tokens: &[u32]) -> Vec<Arc<[u32]>> {
         (1..=tokens.len() / BLOCK)
@@ -379,7 +461,9 @@ mod tests {
 
     fn keep(tree: &mut Tree, tokens: &[u32]) -> bool {
         let block = |at: usize| blocks(tokens)[at].clone();
-        tree.keep(None, tokens, block, || Some((tokens.to_vec(), 1)))
+        tree.keep(None, tokens, block, || {
+            Some((Kept(tokens.to_vec(), false), 1))
+        })
     }
 
     fn counted(from: u32, count: usize) -> Vec<u32> {
@@ -406,13 +490,13 @@ mod tests {
     #[test]
     fn a_sequence_goes_on_from_the_deepest_snapshot_of_its_beginning() {
         for cut in [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3] {
-            let mut tree = Tree::new(100);
+            let mut tree = Tree::new(100, 0);
             let tokens = counted(0, 200);
             assert!(keep(&mut tree, &tokens[..cut]));
             assert!(!keep(&mut tree, &tokens[..cut]), "it is known");
             let found = tree.find(None, &tokens).found.unwrap();
             assert_eq!(found.tokens, cut);
-            assert_eq!(found.snapshot, tokens[..cut]);
+            assert_eq!(found.snapshot.0, tokens[..cut]);
             assert_eq!(found.blocks, blocks(&tokens[..cut]));
             assert_eq!(
                 tree.find(None, &tokens[..cut]).found,
@@ -427,10 +511,10 @@ mod tests {
 
     #[test]
     fn who_has_another_salt_finds_nothing() {
-        let mut tree = Tree::new(100);
+        let mut tree = Tree::new(100, 0);
         let tokens = counted(0, 50);
         let (a, b): (Arc<str>, Arc<str>) = ("a".into(), "b".into());
-        let kept = || Some((tokens[..40].to_vec(), 1));
+        let kept = || Some((Kept(tokens[..40].to_vec(), false), 1));
         let block = |at: usize| blocks(&tokens[..40])[at].clone();
         assert!(
             !tree.keep(Some(&a), &tokens[..40], block, || None),
@@ -445,7 +529,7 @@ mod tests {
 
     #[test]
     fn the_place_where_sequences_part_is_told_once_it_is_worth_it() {
-        let mut tree = Tree::new(100);
+        let mut tree = Tree::new(100, 0);
         let first = counted(0, 100);
         keep(&mut tree, &first);
         for (shared, told) in [
@@ -464,7 +548,7 @@ mod tests {
 
     #[test]
     fn the_snapshot_longest_out_of_use_goes_first_and_its_blocks_stay() {
-        let mut tree = Tree::new(2);
+        let mut tree = Tree::new(2, 0);
         let sequences: Vec<Vec<u32>> = (0..3).map(|n| counted(n * 1000, 64)).collect();
         let longer = |n: usize| [&sequences[n][..], &[7]].concat();
         keep(&mut tree, &sequences[0]);
@@ -480,32 +564,57 @@ mod tests {
 
     #[test]
     fn a_smaller_budget_lets_the_oldest_snapshots_go_and_a_larger_one_none() {
-        let mut tree = Tree::new(3);
+        let mut tree = Tree::new(3, 0);
         let sequences: Vec<Vec<u32>> = (0..3).map(|n| counted(n * 1000, 40)).collect();
         for tokens in &sequences {
             keep(&mut tree, tokens);
         }
-        tree.set_budget(1);
-        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, 1));
+        tree.set_budget(1, 0);
+        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, (1, 0)));
         let known = |tree: &mut Tree, n: usize| {
             let longer = [&sequences[n][..], &[7]].concat();
             tree.find(None, &longer).found.is_some()
         };
         assert!(!known(&mut tree, 0) && !known(&mut tree, 1) && known(&mut tree, 2));
-        tree.set_budget(2);
+        tree.set_budget(2, 0);
         assert!(keep(&mut tree, &sequences[0]));
         assert!(known(&mut tree, 0) && known(&mut tree, 2));
-        tree.set_budget(0);
-        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, 0));
+        tree.set_budget(0, 0);
+        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (2, (0, 0)));
         assert!(!keep(&mut tree, &sequences[1]), "there is no room");
+    }
+
+    #[test]
+    fn snapshots_move_out_of_the_way_before_they_go() {
+        let mut tree = Tree::new(2, 2);
+        let sequences: Vec<Vec<u32>> = (0..5).map(|n| counted(n * 1000, 40)).collect();
+        for tokens in &sequences {
+            keep(&mut tree, tokens);
+        }
+        assert_eq!((tree.take_spilled(), tree.take_evicted()), (3, 1));
+        assert_eq!(tree.snapshot_bytes(), (2, 2));
+        let mut moved = |n: usize| {
+            let longer = [&sequences[n][..], &[7]].concat();
+            let found = tree.find(None, &longer).found;
+            found.map(|found| found.snapshot.1)
+        };
+        let all: Vec<_> = (0..5).map(&mut moved).collect();
+        assert_eq!(
+            all,
+            [None, Some(true), Some(true), Some(false), Some(false)]
+        );
+        tree.set_budget(2, 1);
+        assert_eq!((tree.take_evicted(), tree.snapshot_bytes()), (1, (2, 1)));
+        while tree.evict(|_| true) {}
+        assert_eq!(tree.snapshot_bytes(), (0, 0));
     }
 
     #[test]
     fn random_lives_keep_the_invariants() {
         for seed in 0..10 {
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
-            let mut budget = 6;
-            let mut tree = Tree::new(budget);
+            let (mut near, mut far) = (6, 3);
+            let mut tree = Tree::new(near, far);
             let mut kept: HashSet<Vec<u32>> = HashSet::new();
             for _ in 0..2000 {
                 // few different tokens, so that beginnings are shared
@@ -524,9 +633,9 @@ mod tests {
                         let lookup = tree.find(None, &tokens);
                         if let Some(found) = &lookup.found {
                             assert!(found.tokens < tokens.len());
-                            assert_eq!(found.snapshot, tokens[..found.tokens], "seed {seed}");
+                            assert_eq!(found.snapshot.0, tokens[..found.tokens], "seed {seed}");
                             assert_eq!(found.blocks, blocks(&tokens[..found.tokens]));
-                            assert!(kept.contains(&found.snapshot));
+                            assert!(kept.contains(&found.snapshot.0));
                         }
                         if let Some(fork) = lookup.fork {
                             assert!(fork < tokens.len());
@@ -536,21 +645,28 @@ mod tests {
                         tree.evict(|block| block.len() > BLOCK);
                     }
                     _ => {
-                        budget = rng.random_range(1..=6);
-                        tree.set_budget(budget);
+                        (near, far) = (rng.random_range(1..=6), rng.random_range(0..=4));
+                        tree.set_budget(near, far);
                     }
                 }
-                let snapshots: usize = tree.nodes.values().map(|node| node.snapshots.len()).sum();
-                assert_eq!(tree.snapshot_bytes(), snapshots as u64, "seed {seed}");
-                assert_eq!(tree.saved.len(), snapshots, "seed {seed}");
-                assert!(snapshots as u64 <= budget, "seed {seed}");
+                let snapshots = tree.nodes.values().flat_map(|node| &node.snapshots);
+                let moved = |saved: &&Saved<Kept>| {
+                    assert_eq!(saved.far, saved.snapshot.1, "seed {seed}");
+                    saved.far
+                };
+                let (moved, there): (Vec<_>, Vec<_>) = snapshots.partition(moved);
+                for (tier, found, most) in [(&tree.near, there, near), (&tree.far, moved, far)] {
+                    let count = found.len();
+                    assert_eq!((tier.bytes, tier.saved.len()), (count as u64, count));
+                    assert!(count as u64 <= most, "seed {seed}");
+                }
                 let leaves = tree.nodes.values();
                 let leaves = leaves.filter(|node| node.children.is_empty() && node.block.is_some());
                 assert_eq!(tree.leaves.len(), leaves.count(), "seed {seed}");
             }
             while tree.evict(|_| true) {}
             assert_eq!((tree.nodes.len(), tree.roots.len()), (0, 0), "seed {seed}");
-            assert_eq!(tree.snapshot_bytes(), 0, "seed {seed}");
+            assert_eq!(tree.snapshot_bytes(), (0, 0), "seed {seed}");
         }
     }
 }

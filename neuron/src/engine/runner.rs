@@ -2,7 +2,7 @@
 
 use super::metrics::ModelMetrics;
 use super::plan::Plan;
-use super::prefix::{Found, PrefixTree};
+use super::prefix::{Found, PrefixTree, Spill};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
 use crate::kernels::rows::Rows;
@@ -32,6 +32,12 @@ pub(super) struct ModelRunner {
     /// Of the last step, what the drafting layer works on.
     hidden: Option<Tensor>,
     metrics: ModelMetrics,
+}
+
+impl Spill for Snapshot {
+    fn spill(&mut self) -> bool {
+        self.move_to_host()
+    }
 }
 
 /// The part of a sequence in drafting.
@@ -96,9 +102,12 @@ impl ModelRunner {
     /// Lets go of what is kept beyond the bounds. What runs must be within them already.
     pub(super) fn set_bounds(&mut self, bounds: Bounds) {
         match &mut self.prefixes {
-            Some(prefixes) => prefixes.set_budget(bounds.snapshot_bytes),
+            Some(prefixes) => {
+                prefixes.set_budget(bounds.snapshot_bytes, bounds.host_snapshot_bytes);
+            }
             None if bounds.snapshot_bytes > 0 => {
-                self.prefixes = Some(PrefixTree::new(bounds.snapshot_bytes));
+                let (near, far) = (bounds.snapshot_bytes, bounds.host_snapshot_bytes);
+                self.prefixes = Some(PrefixTree::new(near, far));
             }
             None => {}
         }
@@ -317,15 +326,19 @@ impl ModelRunner {
         self.metrics.blocks_in_sequences.set(whole(held.sum()));
         let blocks = self.pool.held() as u64 * self.block_bytes;
         let states = self.states.len() as u64 * self.fixed_bytes;
-        let saved = self.prefixes.as_ref().map_or(0, PrefixTree::snapshot_bytes);
+        let saved = self.prefixes.as_ref().map(PrefixTree::snapshot_bytes);
+        let (saved, on_host) = saved.unwrap_or_default();
         self.held.store(blocks + states + saved, Ordering::Relaxed);
         if let Some(prefixes) = &mut self.prefixes {
             self.metrics
                 .snapshots_evicted
                 .inc_by(prefixes.take_evicted());
             self.metrics
-                .snapshot_bytes
-                .set(i64::try_from(prefixes.snapshot_bytes()).unwrap_or(i64::MAX));
+                .snapshots_spilled
+                .inc_by(prefixes.take_spilled());
+            let bytes = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+            self.metrics.snapshot_bytes.set(bytes(saved));
+            self.metrics.host_snapshot_bytes.set(bytes(on_host));
         }
     }
 }
@@ -349,8 +362,9 @@ impl Store for ModelRunner {
                 tokens,
             }) = lookup.found
             {
-                begun.computed = tokens;
-                state = Some(snapshot.resume(blocks));
+                // a device that has no room for a copy begins anew
+                state = Some(snapshot.resume(blocks)).filter(SequenceState::is_whole);
+                begun.computed = state.as_ref().map_or(0, |_| tokens);
             }
             self.metrics
                 .cache_queries

@@ -76,6 +76,8 @@ pub struct Bounds {
     pub drafts: usize,
     /// Bytes that states saved for later sequences may hold; with zero nothing is kept of those that have ended.
     pub snapshot_bytes: u64,
+    /// Bytes of saved states that were moved from a device to the host.
+    pub host_snapshot_bytes: u64,
 }
 
 impl Scheduler {
@@ -296,6 +298,7 @@ mod tests {
             blocks,
             drafts: 0,
             snapshot_bytes: 0,
+            host_snapshot_bytes: 0,
         })
     }
 

@@ -41,6 +41,7 @@ fn config() -> EngineConfig {
             blocks: 1000,
             drafts: 0,
             snapshot_bytes: 1 << 20,
+            host_snapshot_bytes: 0,
         },
         stall_limit: Duration::from_secs(3600),
     }

@@ -163,6 +163,13 @@ impl SequenceState {
         std::iter::once(self).chain(self.others.iter().flatten())
     }
 
+    /// Whether there was room for all of it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let own = self.slot.as_ref().is_none_or(Slot::is_whole);
+        own && self.others.iter().flatten().all(Self::is_whole)
+    }
+
     /// Tokens whose effect is in it.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -363,8 +370,16 @@ impl Snapshot {
     /// Whether there was room for all of it.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        let own = self.slot.as_ref().is_none_or(|slot| slot.address().is_ok());
+        let own = self.slot.as_ref().is_none_or(Slot::is_whole);
         own && self.others.iter().flatten().all(Self::is_whole)
+    }
+
+    /// Moves what it holds on devices to the host, from where it is gone on from as well, if not as fast. False where it is on
+    /// the host, or could not be moved: then some of it may have gone.
+    pub fn move_to_host(&mut self) -> bool {
+        let own = self.slot.as_mut().is_some_and(Slot::move_to_host);
+        let mut others = self.others.iter_mut().flatten();
+        own && others.all(Self::move_to_host)
     }
 
     /// Bytes it holds beside its block, over all ranks.

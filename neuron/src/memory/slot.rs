@@ -79,12 +79,22 @@ impl SlotPool {
         spare.map_or_else(|| self.gpu.buffer(4 * self.floats()), Ok)
     }
 
+    /// Keeps memory that a slot had, if it is of use.
+    fn take_back(&self, memory: Option<Result<Memory, GpuError>>) {
+        if let Some(Ok(Memory::Device(buffer))) = memory {
+            let mut spare = self.spare();
+            if spare.len() < MOST_SPARE {
+                spare.push(buffer);
+            }
+        }
+    }
+
     /// The state of a sequence that has not begun.
     pub(crate) fn empty(&self) -> Slot {
         let memory = self.memory().and_then(|memory| {
             let driver = self.gpu.driver();
             driver.zero(memory.address(), memory.bytes())?;
-            Ok(memory)
+            Ok(Memory::Device(memory))
         });
         Slot {
             pool: self.clone(),
@@ -100,8 +110,16 @@ impl SlotPool {
 pub(crate) struct Slot {
     pool: SlotPool,
     /// None only while it is dropped.
-    memory: Option<Result<Buffer, GpuError>>,
+    memory: Option<Result<Memory, GpuError>>,
     trail: Option<Trail>,
+}
+
+/// Where a slot's numbers are.
+#[derive(Debug)]
+enum Memory {
+    Device(Buffer),
+    /// Moved out of the way: nothing is computed from here.
+    Host(Vec<f32>),
 }
 
 /// Earlier states of a slot, for rows that may be taken back.
@@ -113,14 +131,42 @@ struct Trail {
 }
 
 impl Slot {
-    fn memory(&self) -> Result<&Buffer, GpuError> {
+    fn memory(&self) -> Result<&Memory, GpuError> {
         let memory = self.memory.as_ref().expect("it is there until the end");
         memory.as_ref().map_err(Clone::clone)
     }
 
+    /// Its memory on the device, of one that sequences compute with.
+    fn buffer(&self) -> Result<&Buffer, GpuError> {
+        match self.memory()? {
+            Memory::Device(buffer) => Ok(buffer),
+            Memory::Host(_) => {
+                unreachable!("a copy is computed with, and copies are on the device")
+            }
+        }
+    }
+
+    /// Whether there was room for it.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.memory().is_ok()
+    }
+
+    /// Moves the numbers to the host. False where they are there, or the device fails.
+    pub(crate) fn move_to_host(&mut self) -> bool {
+        let Ok(Memory::Device(buffer)) = self.memory() else {
+            return false;
+        };
+        let Ok(numbers) = buffer.read(0, self.floats()) else {
+            return false;
+        };
+        let before = self.memory.replace(Ok(Memory::Host(numbers)));
+        self.pool.take_back(before);
+        true
+    }
+
     /// Where it is.
     pub(crate) fn address(&self) -> Result<Address, GpuError> {
-        self.memory().map(Buffer::address)
+        self.buffer().map(Buffer::address)
     }
 
     /// Where its trail is; 0 where it has none.
@@ -156,7 +202,7 @@ impl Slot {
         let Some(trail) = self.trail.take().filter(|_| rows < of) else {
             return;
         };
-        let gone_back = self.memory().and_then(|memory| {
+        let gone_back = self.buffer().and_then(|memory| {
             let driver = self.pool.gpu.driver();
             for place in &*self.pool.places {
                 let to = memory.address() + 4 * place.offset as u64;
@@ -182,7 +228,7 @@ impl Slot {
 
     /// What the gated delta net number `index` remembers.
     pub(crate) fn read(&self, index: usize) -> Result<Remembered, GpuError> {
-        let (memory, place) = (self.memory()?, self.pool.places[index]);
+        let (memory, place) = (self.buffer()?, self.pool.places[index]);
         Ok(Remembered {
             tail: memory.read(place.offset, place.tail)?,
             recurrent: memory.read(place.offset + place.tail, place.state)?,
@@ -191,13 +237,16 @@ impl Slot {
 }
 
 impl Clone for Slot {
-    /// A copy of the numbers, without the trail.
+    /// A copy of the numbers on the device, without the trail.
     fn clone(&self) -> Self {
         let copied = self.memory().and_then(|from| {
             let to = self.pool.memory()?;
             let driver = self.pool.gpu.driver();
-            driver.copy(to.address(), from.address(), from.bytes())?;
-            Ok(to)
+            match from {
+                Memory::Device(from) => driver.copy(to.address(), from.address(), from.bytes())?,
+                Memory::Host(from) => driver.upload(to.address(), bytemuck::cast_slice(from))?,
+            }
+            Ok(Memory::Device(to))
         });
         Self {
             pool: self.pool.clone(),
@@ -209,11 +258,7 @@ impl Clone for Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some(Ok(memory)) = self.memory.take() {
-            let mut spare = self.pool.spare();
-            if spare.len() < MOST_SPARE {
-                spare.push(memory);
-            }
-        }
+        let memory = self.memory.take();
+        self.pool.take_back(memory);
     }
 }

@@ -52,9 +52,16 @@ pub fn compare(model: &dyn CausalLm) -> Result<Vec<Equality>, ModelError> {
         let likeliest = likeliest(model, prompt)?;
         let what = format!("{} tokens, the likeliest chosen by the model", prompt.len());
         found.push(alone.against(&likeliest, what));
-        let resumed = resumed(model, prompt)?;
-        let what = format!("{} tokens, gone on from a saved state", prompt.len());
-        found.push(alone.against(&resumed, what));
+        for on_host in [false, true] {
+            let resumed = resumed(model, prompt, on_host)?;
+            let place = if on_host {
+                ", which was on the host"
+            } else {
+                ""
+            };
+            let what = format!("{} tokens, gone on from a saved state{place}", prompt.len());
+            found.push(alone.against(&resumed, what));
+        }
         let revoked = revoked(model, prompt, &alone.tokens)?;
         let what = format!("{} tokens, guesses taken back", prompt.len());
         found.push(alone.against(&revoked, what));
@@ -215,13 +222,18 @@ fn likeliest(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> 
 }
 
 /// Saves the state before the prompt's last token, goes on elsewhere from it, and only then answers from the saved one.
-fn resumed(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> {
+/// With `on_host` it is moved there meanwhile, where the model is on a device.
+fn resumed(model: &dyn CausalLm, prompt: &[u32], on_host: bool) -> Result<Trace, ModelError> {
     let (head, last) = prompt.split_at(prompt.len() - 1);
     let mut first = model.new_state();
     for piece in head.chunks(head.len().max(1)) {
         model.forward(&Batch::single(piece, LogitRows::None), &mut [&mut first])?;
     }
-    let snapshot = first.snapshot();
+    let mut snapshot = first.snapshot();
+    if on_host {
+        let moved = snapshot.move_to_host();
+        debug_assert_eq!(moved, model.pool().is_on_device());
+    }
     let full = head.len() / crate::memory::pool::BLOCK;
     let blocks = (0..full).map(|at| first.block(at)).collect();
     let other = [last, last, last].concat();

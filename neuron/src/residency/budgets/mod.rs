@@ -8,7 +8,7 @@ mod tests;
 
 use super::FreeBytes;
 use crate::config::Limits;
-use crate::devices::CPU;
+use crate::devices::{CPU, free_bytes};
 use crate::engine::Engine;
 use crate::engine::scheduler::Bounds;
 use crate::memory::pool::BLOCK;
@@ -24,6 +24,9 @@ const STATE_PARTS: u64 = 9;
 const KEPT: u64 = 2;
 /// Share of a model's budget that saved recurrent states may take; the rest is for keys and values.
 const SNAPSHOT_SHARE: u64 = 4;
+
+/// Share of the host's free memory that saved states of a model on devices may be moved to, where it is not said.
+const HOST_SHARE: u64 = 4;
 
 /// Every model that has a part of the memory, by the number of its load.
 pub(super) struct Budgets {
@@ -60,20 +63,24 @@ pub(super) struct Demand {
     block: u64,
     /// Prompt tokens of a step.
     pub(super) prefill_tokens: usize,
+    /// Bytes of the host's memory that saved states of a device may be moved to.
+    host_snapshots: u64,
     limits: Limits,
 }
 
 impl Demand {
     pub(super) fn of(model: &dyn CausalLm, limits: Limits, devices: &[String]) -> Self {
         // a CPU is busy with few, and shall see soon that a client has left; a device needs many to be busy
+        let on_host = devices.iter().all(|id| id == CPU);
         let prefill_tokens =
             limits
                 .prefill_chunk_tokens
-                .unwrap_or(if devices.iter().all(|id| id == CPU) {
-                    128
-                } else {
-                    2048
-                });
+                .unwrap_or(if on_host { 128 } else { 2048 });
+        let host_snapshots = match limits.host_snapshot_bytes {
+            _ if on_host || !limits.prefix_cache => 0,
+            Some(bytes) => bytes,
+            None => free_bytes(&[CPU.into()]).unwrap_or(0) / HOST_SHARE,
+        };
         let floor = model.state_bytes(model.context_length());
         let most = floor.saturating_mul(limits.max_running as u64);
         let most = most.saturating_mul(KEPT);
@@ -83,6 +90,7 @@ impl Demand {
             fixed: model.state_bytes(0),
             block: (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1),
             prefill_tokens,
+            host_snapshots,
             limits,
         }
     }
@@ -108,6 +116,7 @@ impl Demand {
             blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
             drafts: self.limits.draft_tokens,
             snapshot_bytes: kept,
+            host_snapshot_bytes: self.host_snapshots,
         }
     }
 }

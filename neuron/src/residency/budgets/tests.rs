@@ -112,6 +112,17 @@ fn bounds_take_no_more_than_the_budget_and_always_hold_one_whole_sequence() {
     let bounded = Demand::of(&model, bounded, &["cuda:0".into()]);
     assert_eq!(bounded.most, 5000, "no more than was allowed");
     assert_eq!(bounded.bounds(5000).snapshot_bytes, 0, "nothing is kept");
+    assert_eq!(bounded.bounds(5000).host_snapshot_bytes, 0);
+    let on_host = |limits, device: &str| {
+        let demand = Demand::of(&model, limits, &[device.into()]);
+        demand.bounds(demand.most).host_snapshot_bytes
+    };
+    let said = Limits {
+        host_snapshot_bytes: Some(7),
+        ..limits
+    };
+    assert_eq!((on_host(said, CPU), on_host(said, "cuda:0")), (0, 7));
+    assert!(on_host(limits, "cuda:0") > 0, "a part of what is free");
 }
 
 /// Bytes of each model's weights.
