@@ -65,7 +65,9 @@ pub(super) struct Demand {
     pub(super) prefill_tokens: usize,
     /// Bytes of the host's memory that saved states of a device may be moved to.
     host_snapshots: u64,
-    limits: Limits,
+    max_running: usize,
+    prefix_cache: bool,
+    draft_tokens: usize,
 }
 
 impl Demand {
@@ -91,7 +93,9 @@ impl Demand {
             block: (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1),
             prefill_tokens,
             host_snapshots,
-            limits,
+            max_running: limits.max_running,
+            prefix_cache: limits.prefix_cache,
+            draft_tokens: limits.draft_tokens,
         }
     }
 
@@ -100,21 +104,17 @@ impl Demand {
     fn bounds(&self, budget: u64) -> Bounds {
         let snapshots = (budget / SNAPSHOT_SHARE).min(budget - self.floor);
         let left = budget - snapshots;
-        let most = self.limits.max_running;
+        let most = self.max_running;
         let further = (left - self.floor).checked_div(self.fixed);
         let further = further.map_or(most, |count| usize::try_from(count).unwrap_or(most));
         let running = further.saturating_add(1).min(most);
         let blocks = (left - running as u64 * self.fixed) / self.block;
-        let kept = if self.limits.prefix_cache {
-            snapshots
-        } else {
-            0
-        };
+        let kept = if self.prefix_cache { snapshots } else { 0 };
         Bounds {
             max_running: running,
             prefill_tokens: self.prefill_tokens,
             blocks: usize::try_from(blocks).unwrap_or(usize::MAX),
-            drafts: self.limits.draft_tokens,
+            drafts: self.draft_tokens,
             snapshot_bytes: kept,
             host_snapshot_bytes: self.host_snapshots,
         }
