@@ -343,8 +343,12 @@ fn write_config(folder: &Path, head: &str, nodes: &[NodeAt<'_>], models: &str, e
     for (name, address) in nodes {
         text += &format!("[[neurons]]\nname = \"{name}\"\nendpoint = \"http://{address}\"\n");
     }
-    std::fs::write(folder.join("models.toml"), models).unwrap();
-    std::fs::write(folder.join("cortex.toml"), text).unwrap();
+    // whole or not at all: the gateway may read them at any moment
+    for (file, text) in [("models.toml", models), ("cortex.toml", &text)] {
+        let written = folder.join(format!("{file}.new"));
+        std::fs::write(&written, text).unwrap();
+        std::fs::rename(written, folder.join(file)).unwrap();
+    }
 }
 
 /// Starts a real neuron with a fixture model and waits until it serves it.

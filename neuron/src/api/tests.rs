@@ -1041,11 +1041,18 @@ async fn a_failure_mid_stream_is_an_error_event_and_no_done() {
     assert_eq!(last["error"]["type"], "server_error", "{stream}");
     let (status, reply) = api.post(CHAT, &chat(json!({}))).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reply}");
-    let (_, model) = api.get("/models/org/m").await;
-    assert!(
-        model.contains("\"state\":\"failed\"") && model.contains("planted"),
-        "{model}"
-    );
+    // the engine ends when its clients have been told
+    let failed = async {
+        loop {
+            let (_, model) = api.get("/models/org/m").await;
+            if model.contains("\"state\":\"failed\"") && model.contains("planted") {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(std::time::Duration::from_secs(60), failed).await;
+    waited.expect("the model has failed, and says why");
 }
 
 #[tokio::test]
