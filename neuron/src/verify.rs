@@ -6,6 +6,7 @@
 
 use crate::devices;
 use crate::gpu::GpuError;
+use crate::kernels::argmax;
 use crate::kernels::rows::{Place, Rows};
 use crate::memory::{LayerState, SequenceState};
 use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError, Seen};
@@ -127,7 +128,7 @@ impl Predictions {
         let kl = pairs.map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         // no number is as far away as can be
         self.kl += if kl.is_nan() { f64::INFINITY } else { kl };
-        self.same_top += usize::from(top(found) == top(golden));
+        self.same_top += usize::from(argmax(found) == argmax(golden));
         self.tokens += 1;
     }
 
@@ -151,12 +152,6 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let shifted = logits.iter().map(|x| f64::from(*x) - highest);
     let total = shifted.clone().map(f64::exp).sum::<f64>().ln();
     shifted.map(|x| x - total).collect()
-}
-
-/// Where the largest number is.
-fn top(numbers: &[f32]) -> Option<usize> {
-    let pairs = numbers.iter().enumerate();
-    pairs.max_by(|a, b| a.1.total_cmp(b.1)).map(|(at, _)| at)
 }
 
 impl Case {

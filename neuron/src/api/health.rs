@@ -1,6 +1,7 @@
 //! What the host says of itself.
 
 use super::ApiState;
+use super::failure::Failure;
 use crate::devices;
 use axum::Json;
 use axum::extract::State;
@@ -8,19 +9,34 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use prometheus::TextEncoder;
 use protocol::node::{ModelState, NodeInfo};
+use protocol::{ApiError, ErrorKind};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// `GET /discovery`.
-pub(super) async fn discovery(State(state): State<Arc<ApiState>>) -> Json<NodeInfo> {
-    Json(NodeInfo {
-        host: state.name.clone(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        devices: devices::inventory(),
-        features: devices::features(),
-        cuda: devices::cuda(),
-    })
+pub(super) async fn discovery(
+    State(state): State<Arc<ApiState>>,
+) -> Result<Json<NodeInfo>, Failure> {
+    let info = move || {
+        let devices = devices::inventory();
+        NodeInfo {
+            host: state.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            features: devices::features(&devices),
+            devices,
+            cuda: devices::cuda(),
+        }
+    };
+    Ok(Json(asking_devices(info).await?))
+}
+
+/// Does `work`, which asks drivers: they may take their time, in which others are to be answered.
+pub(super) async fn asking_devices<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()).into())
 }
 
 /// `GET /health/live`: the process answers.
@@ -60,9 +76,10 @@ fn unready_models(state: &ApiState) -> Option<&'static str> {
 }
 
 /// `GET /metrics`.
-pub(super) async fn metrics(State(state): State<Arc<ApiState>>) -> Response {
-    match TextEncoder::new().encode_to_string(&state.registry.gather()) {
-        Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
-    }
+pub(super) async fn metrics(State(state): State<Arc<ApiState>>) -> Result<Response, Failure> {
+    let families = asking_devices(move || state.registry.gather()).await?;
+    let text = TextEncoder::new()
+        .encode_to_string(&families)
+        .map_err(|error| ApiError::new(ErrorKind::Internal, error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response())
 }

@@ -3,6 +3,7 @@
 use super::ApiState;
 use super::body::{self, Field, is};
 use super::failure::{Failure, load_refused};
+use super::health::asking_devices;
 use crate::devices;
 use axum::Json;
 use axum::body::Body;
@@ -87,7 +88,12 @@ pub(super) async fn load(
         let message = "`context_length` must be 1 or more";
         return Err(ApiError::invalid("context_length", message).into());
     }
-    check_devices(&wanted)?;
+    let (wanted, checked) = asking_devices(move || {
+        let checked = check_devices(&wanted);
+        (wanted, checked)
+    })
+    .await?;
+    checked?;
     let status = state.residency.load(wanted).map_err(load_refused)?;
     Ok((StatusCode::ACCEPTED, Json(status)))
 }

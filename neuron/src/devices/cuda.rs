@@ -203,7 +203,7 @@ mod tests {
             (whole[0].total_bytes, whole[0].free_bytes),
             (1 << 30, 1 << 30)
         );
-        assert_eq!(crate::devices::features(), ["cpu", "cuda"]);
+        assert_eq!(crate::devices::features(&whole), ["cpu", "cuda"]);
         let info = info();
         assert_eq!(info.version.as_deref(), Some("13.0"));
         assert_eq!(info.devices[0].id, "cuda:0");

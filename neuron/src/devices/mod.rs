@@ -135,14 +135,11 @@ pub fn free_bytes(ids: &[String]) -> Option<u64> {
     Some(least.saturating_mul(ids.len() as u64))
 }
 
-/// What this build and host can do, for `GET /discovery`.
+/// What this build and host can do, whose devices are `here`, for `GET /discovery`.
 #[must_use]
-pub fn features() -> Vec<String> {
+pub fn features(here: &[DeviceInfo]) -> Vec<String> {
     let mut features = vec!["cpu".to_owned()];
-    if inventory()
-        .iter()
-        .any(|device| device.id.starts_with("cuda:"))
-    {
+    if here.iter().any(|device| device.id.starts_with("cuda:")) {
         features.push("cuda".to_owned());
     }
     features

@@ -5,6 +5,7 @@ use super::plan::Plan;
 use super::prefix::{Found, PrefixTree, Spill};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
+use crate::kernels::argmax;
 use crate::kernels::rows::Rows;
 use crate::memory::pool::{BLOCK, KvPool, KvShape};
 use crate::memory::{SequenceState, SharedBlock, Snapshot};
@@ -283,7 +284,7 @@ impl ModelRunner {
             let wanting = wanting.filter(|index| drafting[*index].count > 0);
             for (row, (index, logits)) in wanting.zip(drafted.logits.to_vec2::<f32>()?).enumerate()
             {
-                let guess = likeliest(&logits[..vocab.min(logits.len())]);
+                let guess = argmax(&logits[..vocab.min(logits.len())]).unwrap_or(0) as u32;
                 guesses[index].push(guess);
                 if guesses[index].len() < drafting[index].count {
                     next.push(index, &[guess], LogitRows::Last);
@@ -375,11 +376,6 @@ impl Store for ModelRunner {
         self.states.insert(sequence.id, state);
         begun
     }
-}
-
-fn likeliest(logits: &[f32]) -> u32 {
-    let better = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
-    (1..logits.len()).fold(0, better) as u32
 }
 
 fn whole(count: usize) -> i64 {

@@ -1,5 +1,6 @@
 //! Logits → one token id.
 
+use crate::kernels::argmax;
 use crate::text::grammar::Mask;
 use crate::text::output::Scored;
 use rand::{Rng, SeedableRng};
@@ -429,17 +430,6 @@ fn top(logits: &[f32], k: usize) -> BinaryHeap<Ranked> {
         }
     }
     kept.into_iter().map(|Reverse(next)| next).collect()
-}
-
-/// The first of the largest: ties go to the smaller id, as in every other implementation.
-fn argmax(logits: &[f32]) -> Option<usize> {
-    let mut best: Option<(usize, f32)> = None;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit.is_finite() && best.is_none_or(|(_, peak)| logit > peak) {
-            best = Some((id, logit));
-        }
-    }
-    best.map(|(id, _)| id)
 }
 
 fn id(index: usize) -> u32 {

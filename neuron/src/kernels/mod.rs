@@ -171,6 +171,18 @@ pub fn gate(x: &mut [f32], gate: &[f32]) {
     });
 }
 
+/// Where the largest finite number is: of equals the first, as in every other implementation.
+#[must_use]
+pub fn argmax(numbers: &[f32]) -> Option<usize> {
+    let mut best: Option<(usize, f32)> = None;
+    for (at, &number) in numbers.iter().enumerate() {
+        if number.is_finite() && best.is_none_or(|(_, peak)| number > peak) {
+            best = Some((at, number));
+        }
+    }
+    best.map(|(at, _)| at)
+}
+
 /// The sum of products. Sixteen sums run side by side, so that the compiler may use vectors.
 #[inline]
 #[must_use]

@@ -398,13 +398,14 @@ impl Snapshot {
         4 * floats as u64 + others.sum::<u64>()
     }
 
-    /// A sequence that goes on from here. `full` are the blocks before, all of them full.
+    /// A sequence that goes on from here. `full` are the blocks before, all of them full. Whoever wants to go on from here again
+    /// makes a copy first: states are large, and most have one use.
     #[must_use]
-    pub fn resume(&self, full: Vec<SharedBlock>) -> SequenceState {
-        let others = self.others.iter().enumerate();
+    pub fn resume(mut self, full: Vec<SharedBlock>) -> SequenceState {
+        let others = std::mem::take(&mut self.others).into_iter().enumerate();
         let others = others.map(|(at, part)| {
             let blocks = full.iter().map(|block| block.others[at].clone());
-            part.as_ref().map(|part| part.resume_part(blocks.collect()))
+            part.map(|part| part.resume_part(blocks.collect()))
         });
         let others = others.collect();
         SequenceState {
@@ -413,16 +414,16 @@ impl Snapshot {
         }
     }
 
-    fn resume_part(&self, mut full: Vec<Arc<Block>>) -> SequenceState {
+    fn resume_part(self, mut full: Vec<Arc<Block>>) -> SequenceState {
         debug_assert_eq!(full.len(), self.len / BLOCK, "every full block is there");
-        full.extend(self.partial.clone());
+        full.extend(self.partial);
         SequenceState {
             len: self.len,
             drafted: self.drafted,
-            layers: self.layers.clone(),
-            slot: self.slot.clone(),
+            layers: self.layers,
+            slot: self.slot,
             blocks: full,
-            pool: self.pool.clone(),
+            pool: self.pool,
             others: Vec::new(),
         }
     }
@@ -462,7 +463,7 @@ mod tests {
             write(&mut first, &head);
             let snapshot = first.snapshot();
             let full = (0..cut / BLOCK).map(|at| first.block(at)).collect();
-            let mut second = snapshot.resume(full);
+            let mut second = snapshot.clone().resume(full);
             write(&mut first, &[-1.0; 20]);
             write(&mut second, &[-2.0; 20]);
             assert_eq!(read(&first), [&head[..], &[-1.0; 20]].concat(), "{cut}");

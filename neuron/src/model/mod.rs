@@ -10,7 +10,7 @@ pub use batch::{Batch, LogitRows, Segment};
 
 use crate::gpu::GpuError;
 use crate::kernels::rows::{Place, Rows};
-use crate::kernels::with_f32;
+use crate::kernels::{argmax, with_f32};
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{self, Communicator, GroupError, Indivisible, Solo};
@@ -129,21 +129,9 @@ fn bests(logits: &Tensor, allowed: usize) -> candle_core::Result<Vec<(u32, f32)>
 
 /// The largest of `logits`, as [`CausalLm::forward_best`] has it.
 fn best(logits: &[f32]) -> (u32, f32) {
-    let first = (0, f32::NEG_INFINITY);
-    let found = (0u32..)
-        .zip(logits)
-        .fold(first, |(at, best), (next, logit)| {
-            if logit.is_nan() || *logit > best {
-                (next, *logit)
-            } else {
-                (at, best)
-            }
-        });
-    if found.1.is_finite() {
-        found
-    } else {
-        (found.0, f32::NAN)
-    }
+    let broken = logits.iter().any(|logit| logit.is_nan());
+    let at = argmax(logits).filter(|_| !broken);
+    at.map_or((0, f32::NAN), |at| (at as u32, logits[at]))
 }
 
 /// What the drafting layer says.

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::{Communicator, GroupError, OnDevices, Threads};
-use crate::gpu::{Address, CudaDevice, Driver, GpuError};
+use crate::gpu::{Address, CudaDevice, GpuError};
 use candle_core::Tensor;
 use libloading::Library;
 use std::ffi::{c_char, c_int, c_uint, c_void};
@@ -56,8 +56,6 @@ struct Config {
 type InitRank = unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
 type AllReduce =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int;
-type SendPart = unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Comm, Stream) -> c_int;
-type ReceivePart = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, Stream) -> c_int;
 
 /// The functions, as long as the process lives.
 struct Functions {
@@ -66,10 +64,6 @@ struct Functions {
     get_async_error: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     abort: unsafe extern "C" fn(Comm) -> c_int,
     all_reduce: AllReduce,
-    send: SendPart,
-    receive: ReceivePart,
-    group_start: unsafe extern "C" fn() -> c_int,
-    group_end: unsafe extern "C" fn() -> c_int,
 }
 
 /// Opens NCCL, once.
@@ -86,10 +80,6 @@ fn functions() -> Result<&'static Functions, GpuError> {
                 get_async_error: *library.get(b"ncclCommGetAsyncError\0")?,
                 abort: *library.get(b"ncclCommAbort\0")?,
                 all_reduce: *library.get(b"ncclAllReduce\0")?,
-                send: *library.get(b"ncclSend\0")?,
-                receive: *library.get(b"ncclRecv\0")?,
-                group_start: *library.get(b"ncclGroupStart\0")?,
-                group_end: *library.get(b"ncclGroupEnd\0")?,
             })
         }
     };
@@ -237,61 +227,6 @@ impl Nccl {
                 (self.functions.all_reduce)(at, at, count, FLOAT32, SUM, comm, stream)
             };
             self.ask_after(comm, "ncclAllReduce", code)
-        })
-    }
-
-    /// The f32 of all ranks one after the other at `to`, for rank 0 alone: `counts` of them from each, those of this rank from
-    /// `from`. To the others `to` does not matter.
-    ///
-    /// # Errors
-    /// When the group is broken.
-    pub fn gather_device(
-        &self,
-        from: Address,
-        counts: &[usize],
-        to: Address,
-    ) -> Result<(), GroupError> {
-        let rank = self.host.rank();
-        if rank == 0 {
-            let copied = self.device.copy(to, from, counts[0] * size_of::<f32>());
-            copied.map_err(|error| {
-                self.break_up(GroupError::Failed {
-                    rank,
-                    reason: error.to_string(),
-                })
-            })?;
-        }
-        self.call(|comm| {
-            let stream = self.device.stream().cast();
-            let begun = |call, code| match code {
-                SUCCESS | IN_PROGRESS => Ok(()),
-                code => Err(failed(rank, call, code)),
-            };
-            // SAFETY: handle and stream are alive. That there are so many numbers is up to the caller.
-            unsafe {
-                begun("ncclGroupStart", (self.functions.group_start)())?;
-                let parts = || -> Result<(), GroupError> {
-                    if rank > 0 {
-                        let (part, count) = (from as *const c_void, counts[rank]);
-                        let code = (self.functions.send)(part, count, FLOAT32, 0, comm, stream);
-                        return begun("ncclSend", code);
-                    }
-                    let mut at = to + (counts[0] * size_of::<f32>()) as u64;
-                    for (peer, count) in (0..).zip(counts).skip(1) {
-                        let into = at as *mut c_void;
-                        let code =
-                            (self.functions.receive)(into, *count, FLOAT32, peer, comm, stream);
-                        begun("ncclRecv", code)?;
-                        at += (count * size_of::<f32>()) as u64;
-                    }
-                    Ok(())
-                };
-                let parts = parts();
-                // also where a part was refused: an open group would keep every later call
-                let code = (self.functions.group_end)();
-                parts?;
-                self.ask_after(comm, "ncclGroupEnd", code)
-            }
         })
     }
 
@@ -495,7 +430,6 @@ mod tests {
     fn ranks_on_devices_are_one() {
         let Some(devices) = devices() else { return };
         let ranks = Nccl::group(devices.clone(), PATIENT).unwrap();
-        let counts = [300, 500];
         thread::scope(|scope| {
             for (nccl, device) in ranks.iter().zip(&devices) {
                 scope.spawn(move || {
@@ -506,17 +440,6 @@ mod tests {
                         nccl.all_reduce_device(at, own.len()).unwrap();
                         nccl.settle().unwrap();
                         assert_eq!(floats(device, at, own.len()), vec![wanted; own.len()]);
-                    }
-                    let part = put(device, &vec![rank as f32 + 7.0; counts[rank]]);
-                    let all = put(device, &[0.0_f32; 800]);
-                    nccl.gather_device(part, &counts, all).unwrap();
-                    nccl.settle().unwrap();
-                    if rank == 0 {
-                        let got = floats(device, all, 800);
-                        assert_eq!(
-                            (&got[..300], &got[300..]),
-                            (&[7.0; 300][..], &[8.0; 500][..])
-                        );
                     }
                 });
             }

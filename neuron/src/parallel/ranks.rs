@@ -349,7 +349,7 @@ mod tests {
         let full: Vec<_> = full.collect();
         let straight = read(&mut first, 20);
         all_have(6); // the fourth is the snapshot's and was copied
-        let mut second = snapshot.resume(full.clone());
+        let mut second = snapshot.clone().resume(full.clone());
         let resumed = read(&mut second, 20);
         all_have(8);
         let difference = (straight - resumed).unwrap().abs().unwrap();

@@ -1,6 +1,7 @@
 //! What has to be the same whatever way a model is asked: whole = in pieces = token by token, alone = in a batch, gone on
 //! from a saved state = never interrupted, taken back = never guessed.
 
+use crate::kernels::argmax;
 use crate::memory::SequenceState;
 use crate::model::{Batch, CausalLm, LogitRows, ModelError};
 
@@ -121,9 +122,7 @@ fn prompt(model: &dyn CausalLm, seed: u32, length: usize) -> Vec<u32> {
 }
 
 fn top(logits: &[f32]) -> u32 {
-    let pairs = (0u32..).zip(logits);
-    let best = pairs.max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    best.map_or(0, |(at, _)| at)
+    argmax(logits).unwrap_or(0) as u32
 }
 
 fn rows(logits: &candle_core::Tensor) -> Result<Vec<Vec<f32>>, ModelError> {
@@ -239,7 +238,7 @@ fn resumed(model: &dyn CausalLm, prompt: &[u32], on_host: bool) -> Result<Trace,
     let other = [last, last, last].concat();
     model.forward(&Batch::single(&other, LogitRows::None), &mut [&mut first])?;
     drop(first);
-    let mut state = snapshot.resume(blocks);
+    let mut state = snapshot.clone().resume(blocks); // copies are on the device
     let logits = model.forward(&Batch::single(last, LogitRows::Last), &mut [&mut state])?;
     go_on(model, &mut state, rows(&logits)?.remove(0))
 }

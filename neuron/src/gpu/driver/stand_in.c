@@ -283,7 +283,6 @@ struct comm {
 static pthread_mutex_t meeting = PTHREAD_MUTEX_INITIALIZER;
 static struct part parts[2];
 static int joined, arrived, done;
-static __thread struct comm *caller;
 
 int ncclGetUniqueId(struct id *id) {
   memset(id, 1, sizeof *id);
@@ -305,7 +304,7 @@ int ncclCommGetAsyncError(struct comm *comm, int *state) {
 }
 int ncclCommAbort(struct comm *comm) { return free(comm), OK; }
 
-static int come(struct comm *comm, struct part part, int sum) {
+static int come(struct comm *comm, struct part part) {
   pthread_mutex_lock(&meeting);
   parts[comm->rank] = part;
   comm->asked++;
@@ -313,8 +312,7 @@ static int come(struct comm *comm, struct part part, int sum) {
     for (int rank = 0; rank < 2; rank++) go_to(parts[rank].stream, parts[rank].stream->list.asked);
     float *first = parts[0].memory, *second = parts[1].memory;
     for (size_t i = 0; i < part.count; i++)
-      if (sum) first[i] = second[i] = first[i] + second[i];
-      else first[i] = second[i];
+      first[i] = second[i] = first[i] + second[i];
     arrived = 0;
     done++;
   }
@@ -325,18 +323,5 @@ static int come(struct comm *comm, struct part part, int sum) {
 int ncclAllReduce(const void *from, void *to, size_t count, int type, int operation, struct comm *comm,
                   struct stream *stream) {
   if (from != to || type != 7 || operation != 0) return FAILED;
-  return come(comm, (struct part){to, count, stream}, 1);
+  return come(comm, (struct part){to, count, stream});
 }
-static __thread struct part other;
-int ncclSend(void *from, size_t count, int type, int peer, struct comm *comm, struct stream *stream) {
-  caller = comm;
-  other = (struct part){from, count, stream};
-  return type == 7 && peer == 0 && comm->rank == 1 ? IN_PROGRESS : FAILED;
-}
-int ncclRecv(void *to, size_t count, int type, int peer, struct comm *comm, struct stream *stream) {
-  caller = comm;
-  other = (struct part){to, count, stream};
-  return type == 7 && peer == 1 && comm->rank == 0 ? IN_PROGRESS : FAILED;
-}
-int ncclGroupStart(void) { return OK; }
-int ncclGroupEnd(void) { return come(caller, other, 0); }

@@ -20,16 +20,18 @@ pub(crate) struct Graphs(Mutex<Recordings>);
 
 #[derive(Debug, Default)]
 struct Recordings {
-    stages: HashMap<Key, Stage>,
+    /// Steps that have been done. The first time the workspace grows to what such a step needs, and libraries make their
+    /// choices; the second time it is recorded.
+    done: HashMap<Key, Option<Recording>>,
     /// The device that holds them.
     gpu: Option<Gpu>,
 }
 
 impl Recordings {
     fn clear(&mut self) {
-        for (_, stage) in self.stages.drain() {
-            if let (Stage::Recorded { graph, .. }, Some(gpu)) = (stage, &self.gpu) {
-                gpu.driver().forget(graph);
+        for recording in self.done.drain().filter_map(|(_, recording)| recording) {
+            if let Some(gpu) = &self.gpu {
+                gpu.driver().forget(recording.graph);
             }
         }
     }
@@ -44,21 +46,17 @@ impl Drop for Recordings {
 /// Where a step's tables are, its shape, and the kind of its work.
 type Key = (Address, Shape, Option<usize>);
 
+/// A recorded step, and where it leaves its result.
 #[derive(Debug, Clone, Copy)]
-enum Stage {
-    /// Done once: the workspace is as large as such a step needs, and libraries have made their choices.
-    Done,
-    /// Recorded, with the place of the result.
-    Recorded {
-        graph: Graph,
-        result: Address,
-        numbers: usize,
-    },
+struct Recording {
+    graph: Graph,
+    result: Address,
+    numbers: usize,
 }
 
 impl Graphs {
-    /// The numbers that `work` gives for `step`; `kind` tells several works apart. It has to do the same for every step of the same shape but for what is in
-    /// the step's tables, and may not wait for the device.
+    /// The numbers that `work` gives for `step`; `kind` tells several works apart. It has to do the same for every step of the
+    /// same shape but for what is in the step's tables, and may not wait for the device.
     pub(crate) fn run(
         &self,
         step: &Step,
@@ -69,16 +67,16 @@ impl Graphs {
         let key = (step.address(), step.shape, kind);
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.gpu.get_or_insert_with(|| step.gpu().clone());
-        let stage = match held.stages.get(&key).copied() {
+        let recording = match held.done.get(&key).copied() {
             None => {
                 let result = work()?.numbers()?;
-                if held.stages.len() >= KEPT {
+                if held.done.len() >= KEPT {
                     held.clear();
                 }
-                held.stages.insert(key, Stage::Done);
+                held.done.insert(key, None);
                 return Ok(result);
             }
-            Some(Stage::Done) => {
+            Some(None) => {
                 driver.begin_recording()?;
                 let result = work();
                 let graph = driver.end_recording(); // whatever became of the work
@@ -87,26 +85,19 @@ impl Graphs {
                     return Ok(work()?.numbers()?);
                 };
                 // the rows go back to the workspace: each replay writes them anew, and they are read at once
-                Stage::Recorded {
+                let recording = Recording {
                     graph,
                     result: result.address(),
                     numbers: result.count() * result.width(),
-                }
+                };
+                held.done.insert(key, Some(recording));
+                recording
             }
-            Some(recorded) => recorded,
+            Some(Some(recording)) => recording,
         };
-        held.stages.insert(key, stage);
-        let Stage::Recorded {
-            graph,
-            result,
-            numbers,
-        } = stage
-        else {
-            unreachable!("it has just been recorded");
-        };
-        driver.replay(graph)?;
-        let mut found = vec![0.0f32; numbers];
-        driver.download(result, bytemuck::cast_slice_mut(&mut found))?;
+        driver.replay(recording.graph)?;
+        let mut found = vec![0.0f32; recording.numbers];
+        driver.download(recording.result, bytemuck::cast_slice_mut(&mut found))?;
         Ok(found)
     }
 }

@@ -443,6 +443,22 @@ pub(crate) fn attention(
     Ok(out)
 }
 
+/// The kernel for these keys and values and this width of heads, see [`suits_attention`].
+macro_rules! by_kv_and_dim {
+    ($full:expr, $name:literal) => {
+        match ($full.kv, $full.dim) {
+            (KvNumbers::F32, 32) => concat!($name, "_f32_32"),
+            (KvNumbers::F32, 64) => concat!($name, "_f32_64"),
+            (KvNumbers::F32, 128) => concat!($name, "_f32_128"),
+            (KvNumbers::F32, _) => concat!($name, "_f32_256"),
+            (KvNumbers::Bf16, 32) => concat!($name, "_bf16_32"),
+            (KvNumbers::Bf16, 64) => concat!($name, "_bf16_64"),
+            (KvNumbers::Bf16, 128) => concat!($name, "_bf16_128"),
+            (KvNumbers::Bf16, _) => concat!($name, "_bf16_256"),
+        }
+    };
+}
+
 /// Rows of sequences with few rows each: tokens before them are shared out among blocks.
 fn decode(
     queries: &DeviceRows,
@@ -466,16 +482,7 @@ fn decode(
     let split_tokens = step.context().div_ceil(splits).next_multiple_of(TOKENS);
     let splits = step.context().div_ceil(split_tokens);
     let partial = DeviceRows::new(gpu, rows * heads * splits, dim + 2)?;
-    let kernel = match (full.kv, dim) {
-        (KvNumbers::F32, 32) => "attention_decode_f32_32",
-        (KvNumbers::F32, 64) => "attention_decode_f32_64",
-        (KvNumbers::F32, 128) => "attention_decode_f32_128",
-        (KvNumbers::F32, _) => "attention_decode_f32_256",
-        (KvNumbers::Bf16, 32) => "attention_decode_bf16_32",
-        (KvNumbers::Bf16, 64) => "attention_decode_bf16_64",
-        (KvNumbers::Bf16, 128) => "attention_decode_bf16_128",
-        (KvNumbers::Bf16, _) => "attention_decode_bf16_256",
-    };
+    let kernel = by_kv_and_dim!(full, "attention_decode");
     launch(
         gpu,
         kernel,
@@ -520,16 +527,7 @@ fn prefill(
     step: &Step,
     first: usize,
 ) -> Result<()> {
-    let kernel = match (full.kv, full.dim) {
-        (KvNumbers::F32, 32) => "attention_prefill_f32_32",
-        (KvNumbers::F32, 64) => "attention_prefill_f32_64",
-        (KvNumbers::F32, 128) => "attention_prefill_f32_128",
-        (KvNumbers::F32, _) => "attention_prefill_f32_256",
-        (KvNumbers::Bf16, 32) => "attention_prefill_bf16_32",
-        (KvNumbers::Bf16, 64) => "attention_prefill_bf16_64",
-        (KvNumbers::Bf16, 128) => "attention_prefill_bf16_128",
-        (KvNumbers::Bf16, _) => "attention_prefill_bf16_256",
-    };
+    let kernel = by_kv_and_dim!(full, "attention_prefill");
     /// Query heads of a tile, over all its rows.
     const TILE: usize = 64;
     launch(
