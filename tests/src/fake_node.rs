@@ -406,15 +406,15 @@ async fn exchange(
         return (StatusCode::NOT_FOUND, axum::Json(error)).into_response();
     }
     let stepped = step.clone().notified_owned(); // before it is seen to be open: the step that follows is meant for it
-    let guard = Guard::open(&shared);
+    let places = match script {
+        Script::Limited(places, _) | Script::Places(places) => places,
+        _ => usize::MAX,
+    };
+    let Some(guard) = Guard::open(&shared, places) else {
+        let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
+        return (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response();
+    };
     match script {
-        Script::Limited(places, _) | Script::Places(places)
-            if shared.lock().unwrap().open > places =>
-        {
-            guard.end();
-            let error = json!({"error": {"message": "full", "type": "rate_limit_error", "code": "rate_limit_exceeded"}});
-            (StatusCode::TOO_MANY_REQUESTS, axum::Json(error)).into_response()
-        }
         Script::Answer => {
             guard.end();
             axum::Json(answer(&model, &name)).into_response()
@@ -562,12 +562,18 @@ struct Guard {
 }
 
 impl Guard {
-    fn open(shared: &Arc<Mutex<Shared>>) -> Self {
-        shared.lock().unwrap().open += 1;
-        Self {
+    /// None where as many are open as there are places. Who is refused is never counted: whoever sees all places taken may
+    /// count on it.
+    fn open(shared: &Arc<Mutex<Shared>>, places: usize) -> Option<Self> {
+        let mut held = shared.lock().unwrap();
+        if held.open >= places {
+            return None;
+        }
+        held.open += 1;
+        Some(Self {
             shared: shared.clone(),
             ended: false,
-        }
+        })
     }
 
     fn end(mut self) {

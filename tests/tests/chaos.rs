@@ -20,6 +20,8 @@ const BOUNDS: &str = "[timeouts]\nhead = \"300ms\"\nidle = \"300ms\"\nload = \"1
 
 /// For nodes that stop talking about themselves.
 const QUICK_POLLS: &str = "[fleet]\npoll = \"100ms\"\npoll_timeout = \"1s\"\n";
+/// Nodes that are well stay so, however busy the machine is that plays them.
+const PATIENT_POLLS: &str = "[fleet]\npoll = \"100ms\"\npoll_timeout = \"60s\"\n";
 
 /// A behaviour by chance, good ones as often as bad ones.
 fn behaviour(random: &mut StdRng) -> Script {
@@ -326,7 +328,7 @@ async fn ten_times_the_capacity_leaves_no_place_at_a_node_empty() {
     let script = |script: Script| nodes.iter().for_each(|node| node.script(script.clone()));
     script(Script::Places(PLACES));
     let at = [("a", nodes[0].address), ("b", nodes[1].address)];
-    let cortex = Cortex::start(&at, "", "").await;
+    let cortex = Cortex::start(&at, "", PATIENT_POLLS).await;
     let files = cortex.open_files();
     let over = AtomicBool::new(false);
     let (answered, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
