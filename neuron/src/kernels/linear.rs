@@ -123,10 +123,10 @@ fn products<L: Lanes, const N: usize>(
     weights: [&Matrix; N],
 ) -> [Vec<f32>; N] {
     let inputs = Inputs::new::<L>(x, rows, &weights);
-    let mut products = weights.map(|weight| vec![0.0; rows * weight.rows()]);
+    let mut products = weights.map(|weight| Vec::with_capacity(rows * weight.rows()));
     let columns = products
         .each_mut()
-        .map(|product| Columns(product.as_mut_ptr()));
+        .map(|product: &mut Vec<f32>| Columns(product.as_mut_ptr()));
     let stripes = weights.map(|weight| weight.rows().div_ceil(STRIPE * PANEL));
     let least = PER_THREAD / (STRIPE * PANEL * x.len()).max(1);
     (0..stripes.iter().sum())
@@ -143,6 +143,13 @@ fn products<L: Lanes, const N: usize>(
                 multiply_stripe::<L, _>(&inputs, all, weights[at], stripe, columns[at]);
             });
         });
+    for (product, weight) in products.iter_mut().zip(weights) {
+        // SAFETY: there is room for as many, and the stripes, which are all columns, have written each row
+        #[allow(unsafe_code)]
+        unsafe {
+            product.set_len(rows * weight.rows());
+        }
+    }
     products
 }
 
@@ -225,8 +232,8 @@ impl Columns {
     }
 }
 
-/// Writes the columns of stripe `stripe` of the product with `weight`, whose numbers are `all`. Nobody else may touch them
-/// meanwhile.
+/// Writes the columns of stripe `stripe` of the product with `weight`, whose numbers are `all`: each of every row, once. Nobody
+/// else may touch them meanwhile.
 fn multiply_stripe<L: Lanes, B: Tile>(
     inputs: &Inputs,
     all: &[B],
@@ -246,6 +253,15 @@ fn multiply_stripe<L: Lanes, B: Tile>(
     let first = stripe * STRIPE * PANEL; // column
     let held = STRIPE.min((out - first).div_ceil(PANEL));
     let all = &all[stripe * STRIPE * count..][..held * count];
+    // sums stay here until they are whole: rows of the product may lie so that they push each other out of the caches
+    let mut few = [[[0.0; PANEL]; MOST_ROWS]; STRIPE];
+    let mut many = Vec::new();
+    let sums = if groups.len() > 1 {
+        many.resize(groups.len() * held, few[0]);
+        &mut many[..]
+    } else {
+        &mut few[..held]
+    };
     for start in (0..count).step_by(depth.max(1)) {
         let end = count.min(start + depth);
         let mut panels: [&[B]; STRIPE] = [&[]; STRIPE];
@@ -258,51 +274,60 @@ fn multiply_stripe<L: Lanes, B: Tile>(
         } else {
             None
         };
-        for (group, x) in groups.iter().zip(B::Input::of(inputs)) {
-            let of_input = B::Unit::LEN / B::Input::LEN;
-            let x = &x[start * of_input * group.len()..end * of_input * group.len()];
-            let to = |panel: usize, row: usize| {
+        match &wide {
+            Some(wide) => {
+                let mut panels: [&[B::Wide]; STRIPE] = [&[]; STRIPE];
+                for (panel, wide) in panels.iter_mut().zip(wide.chunks(end - start)) {
+                    *panel = wide;
+                }
+                add_products::<L, B::Wide>(inputs, start..end, &panels[..held], sums);
+            }
+            None => add_products::<L, B>(inputs, start..end, panels, sums),
+        }
+    }
+    for (group, sums) in groups.iter().zip(sums.chunks_exact(held)) {
+        for (at, row) in group.clone().enumerate() {
+            for (panel, sums) in sums.iter().enumerate() {
                 let from = first + panel * PANEL;
-                let to = columns.from((group.start + row) * out + from);
-                // SAFETY: the product is (rows, out), and nobody else touches the columns of this stripe
+                let to = columns.from(row * out + from);
+                // SAFETY: there is room for (rows, out), and nobody else touches the columns of this stripe
                 #[allow(unsafe_code)]
                 unsafe {
-                    std::slice::from_raw_parts_mut(to, PANEL.min(out - from))
-                }
-            };
-            let mut sums = [[[0.0; PANEL]; MOST_ROWS]; STRIPE];
-            if start > 0 {
-                for (panel, sums) in sums[..held].iter_mut().enumerate() {
-                    for (row, sums) in sums[..group.len()].iter_mut().enumerate() {
-                        copy(to(panel, row), sums);
+                    match out - from {
+                        // mostly all of a panel, which takes an instruction or two
+                        PANEL.. => to.cast::<[f32; PANEL]>().write_unaligned(sums[at]),
+                        left => to.copy_from_nonoverlapping(sums[at].as_ptr(), left),
                     }
-                }
-            }
-            match &wide {
-                Some(wide) => {
-                    let mut panels: [&[B::Wide]; STRIPE] = [&[]; STRIPE];
-                    for (panel, wide) in panels.iter_mut().zip(wide.chunks(end - start)) {
-                        *panel = wide;
-                    }
-                    run_tiles::<L, B::Wide>(&panels[..held], x, group.len(), &mut sums);
-                }
-                None => run_tiles::<L, B>(panels, x, group.len(), &mut sums),
-            }
-            for (panel, sums) in sums[..held].iter().enumerate() {
-                for (row, sums) in sums[..group.len()].iter().enumerate() {
-                    copy(sums, to(panel, row));
                 }
             }
         }
     }
 }
 
-/// Copies as many numbers as both have: mostly all of a panel, which takes an instruction or two.
-#[inline(always)]
-fn copy(from: &[f32], to: &mut [f32]) {
-    match (from.first_chunk::<PANEL>(), to.first_chunk_mut::<PANEL>()) {
-        (Some(from), Some(to)) => *to = *from,
-        _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
+/// Adds the products of all rows with the inputs `own`, counted in units of weights, of some panels. `sums` has those of each group,
+/// for each panel.
+fn add_products<L: Lanes, B: Tile>(
+    inputs: &Inputs,
+    own: Range<usize>,
+    panels: &[&[B]],
+    sums: &mut [Sums],
+) {
+    let groups = &inputs.groups;
+    // many rows meet as many panels as stay in the first cache, one group after another
+    let together = if groups.len() > 1 {
+        B::TOGETHER
+    } else {
+        STRIPE
+    };
+    let of_input = B::Unit::LEN / B::Input::LEN;
+    let of_group = panels.len();
+    for (at, panels) in panels.chunks(together).enumerate() {
+        let all = groups.iter().zip(B::Input::of(inputs));
+        for ((group, x), sums) in all.zip(sums.chunks_exact_mut(of_group)) {
+            let x = &x[own.start * of_input * group.len()..own.end * of_input * group.len()];
+            let sums = &mut sums[at * together..][..panels.len()];
+            run_tiles::<L, B>(panels, x, group.len(), sums);
+        }
     }
 }
 

@@ -90,70 +90,147 @@ pub(crate) fn packed(scales: &[u8; PARTS], offsets: &[u8; PARTS]) -> [u8; 12] {
     parts
 }
 
+/// 1.5 · 2²³: a sum with it has no digits behind the point, and whole numbers in its lowest bits.
+const SHIFT: f32 = 12_582_912.0;
+
 /// The nearest whole number, of those below 2²²: what rounding does, in two additions that need no call.
 #[inline(always)]
-pub(crate) fn nearest(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 · 2²³: no digits behind the point are left
+fn nearest(x: f32) -> f32 {
     (x + SHIFT) - SHIFT
 }
 
-/// Sums that run side by side.
+/// `x` where it is from `low` to `high`, else the nearer of them: in two instructions, which a NaN's rules are not.
+#[inline(always)]
+fn within(x: f32, low: f32, high: f32) -> f32 {
+    let x = if x > low { x } else { low };
+    if x < high { x } else { high }
+}
+
+/// The whole number nearest to `x`, held between two that are in the range of the smaller type that is wanted. Unlike a cast it
+/// can be had of a whole vector.
+#[inline(always)]
+pub(crate) fn whole(x: f32, low: f32, high: f32) -> i32 {
+    (within(x, low, high) + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
+}
+
+/// The largest distance from 0.
+#[inline(always)]
+pub(crate) fn largest<const N: usize>(numbers: &[f32; N]) -> f32 {
+    lanes(
+        numbers,
+        0.0,
+        |top, x| if x.abs() > top { x.abs() } else { top },
+    )
+    .into_iter()
+    .fold(0.0, f32::max)
+}
+
+/// Sums, or what else is taken over numbers, that run side by side.
 const LANES: usize = 8;
+
+/// A number for each lane. Written so, one operation at a time, the compiler makes vectors of them.
+#[inline(always)]
+fn each(number: impl Fn(usize) -> f32) -> [f32; LANES] {
+    let mut numbers = [0.0; LANES];
+    for (lane, own) in numbers.iter_mut().enumerate() {
+        *own = number(lane);
+    }
+    numbers
+}
+
+/// The same. The compiler, where it sees that lanes are looked at one by one later, would also make them so: seven times slower.
+#[inline(always)]
+fn as_vectors<const N: usize>(vectors: [[f32; LANES]; N]) -> [[f32; LANES]; N] {
+    std::hint::black_box(vectors)
+}
+
+/// Takes in every [`LANES`]-th number.
+#[inline(always)]
+fn lanes<const N: usize>(
+    numbers: &[f32; N],
+    start: f32,
+    take: impl Fn(f32, f32) -> f32,
+) -> [f32; LANES] {
+    let mut taken = [start; LANES];
+    for numbers in numbers.as_chunks::<LANES>().0 {
+        for (own, x) in taken.iter_mut().zip(numbers) {
+            *own = take(*own, *x);
+        }
+    }
+    taken
+}
 
 #[inline(always)]
 fn sum(lanes: [f32; LANES]) -> f32 {
     lanes.iter().sum()
 }
 
+/// Vectors of scales that are tried for a part, …
+const TRIED: usize = 3;
+
+/// … one more level, or less, by tenths: from 1.2 below to 1.1 above.
+#[inline(always)]
+fn tenths(vector: usize, lane: usize) -> f32 {
+    0.1 * ((vector * LANES + lane) as f32 - 12.0)
+}
+
 /// Scale and offset, both 0 or more, with which `x ≈ scale · q − offset`, q from 0 to `levels`.
 #[inline(always)]
 fn fit_affine(x: &[f32; PART], levels: f32) -> (f32, f32) {
-    let square = x.iter().map(|x| x * x).sum::<f32>();
+    let square = sum(lanes(x, 0.0, |sum, x| sum + x * x));
     let typical = (square / PART as f32).sqrt();
-    let low = x.iter().copied().fold(0f32, f32::min);
-    let high = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let low = lanes(x, 0.0, |low, x| if x < low { x } else { low });
+    let low = low.into_iter().fold(0f32, f32::min);
+    let high = lanes(
+        x,
+        f32::NEG_INFINITY,
+        |high, x| if x > high { x } else { high },
+    );
+    let high = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
     if high <= low {
         return (0.0, -low);
     }
     // large numbers count more, as they do in a product
     let weights: [f32; PART] = std::array::from_fn(|i| typical + x[i].abs());
-    let (mut w, mut wx) = ([0.0; LANES], [0.0; LANES]);
-    for at in (0..PART).step_by(LANES) {
-        for lane in 0..LANES {
-            w[lane] += weights[at + lane];
-            wx[lane] += weights[at + lane] * x[at + lane];
-        }
-    }
-    let (w, wx) = (sum(w), sum(wx));
+    let weighted: [f32; PART] = std::array::from_fn(|i| weights[i] * x[i]);
+    let w = sum(lanes(&weights, 0.0, |sum, w| sum + w));
+    let wx = sum(lanes(&weighted, 0.0, |sum, wx| sum + wx));
     let (mut best, mut kept) = (f32::INFINITY, ((high - low) / levels, -low));
-    for step in -10..=10 {
-        let inverse = (levels + 0.1 * step as f32) / (high - low);
+    for vector in 0..TRIED {
+        let inverse = each(|lane| (levels + tenths(vector, lane)) / (high - low));
         let (mut wq, mut wqq, mut wqx) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for at in (0..PART).step_by(LANES) {
-            for lane in 0..LANES {
-                let q = nearest(inverse * (x[at + lane] - low)).clamp(0.0, levels);
-                let weighted = weights[at + lane] * q;
-                wq[lane] += weighted;
-                wqq[lane] += weighted * q;
-                wqx[lane] += weighted * x[at + lane];
-            }
+        for (x, weight) in x.iter().zip(&weights) {
+            let above = x - low;
+            let q = each(|lane| within(nearest(inverse[lane] * above), 0.0, levels));
+            let weighted = each(|lane| weight * q[lane]);
+            wq = each(|lane| wq[lane] + weighted[lane]);
+            wqq = each(|lane| wqq[lane] + weighted[lane] * q[lane]);
+            wqx = each(|lane| wqx[lane] + weighted[lane] * x);
         }
-        let (wq, wqq, wqx) = (sum(wq), sum(wqq), sum(wqx));
-        let determinant = w * wqq - wq * wq;
-        if determinant <= 0.0 {
-            continue;
-        }
+        let [wq, wqq, wqx] = as_vectors([wq, wqq, wqx]);
+        let determinant = each(|lane| w * wqq[lane] - wq[lane] * wq[lane]);
         // the least squares for these q
-        let mut scale = (w * wqx - wx * wq) / determinant;
-        let mut shift = (wqq * wx - wq * wqx) / determinant;
-        if shift > 0.0 {
-            (scale, shift) = (wqx / wqq, 0.0);
-        }
+        let shift = each(|lane| (wqq[lane] * wx - wq[lane] * wqx[lane]) / determinant[lane]);
+        let free = each(|lane| (w * wqx[lane] - wx * wq[lane]) / determinant[lane]);
+        let bound = each(|lane| wqx[lane] / wqq[lane]);
+        let scale = each(|lane| {
+            if shift[lane] > 0.0 {
+                bound[lane]
+            } else {
+                free[lane]
+            }
+        });
+        let shift = each(|lane| if shift[lane] > 0.0 { 0.0 } else { shift[lane] });
         // Σ w (scale q + shift − x)², less Σ w x²
-        let error =
-            scale * (scale * wqq + 2.0 * (shift * wq - wqx)) + shift * (shift * w - 2.0 * wx);
-        if error < best && scale > 0.0 {
-            (best, kept) = (error, (scale, -shift));
+        let of_scale =
+            each(|lane| scale[lane] * wqq[lane] + 2.0 * (shift[lane] * wq[lane] - wqx[lane]));
+        let of_shift = each(|lane| shift[lane] * w - 2.0 * wx);
+        let error = each(|lane| scale[lane] * of_scale[lane] + shift[lane] * of_shift[lane]);
+        let [error, determinant, scale, shift] = as_vectors([error, determinant, scale, shift]);
+        for lane in 0..LANES {
+            if error[lane] < best && determinant[lane] > 0.0 && scale[lane] > 0.0 {
+                (best, kept) = (error[lane], (scale[lane], -shift[lane]));
+            }
         }
     }
     kept
@@ -170,21 +247,21 @@ fn fit_symmetric(x: &[f32; SMALL]) -> f32 {
         return 0.0;
     }
     let (mut best, mut kept) = (0.0, furthest / -32.0);
-    for step in -9..=9 {
-        let inverse = -(32.0 + 0.1 * step as f32) / furthest;
+    for vector in 0..TRIED {
+        let inverse = each(|lane| -(32.0 + tenths(vector, lane)) / furthest);
         let (mut qx, mut qq) = ([0.0; LANES], [0.0; LANES]);
-        for at in (0..SMALL).step_by(LANES) {
-            for lane in 0..LANES {
-                let x = x[at + lane];
-                let q = nearest(inverse * x).clamp(-32.0, 31.0);
-                let weighted = x * x * q;
-                qx[lane] += weighted * x;
-                qq[lane] += weighted * q;
-            }
+        for x in x {
+            let square = x * x;
+            let q = each(|lane| within(nearest(inverse[lane] * x), -32.0, 31.0));
+            let weighted = each(|lane| square * q[lane]);
+            qx = each(|lane| qx[lane] + weighted[lane] * x);
+            qq = each(|lane| qq[lane] + weighted[lane] * q[lane]);
         }
-        let (qx, qq) = (sum(qx), sum(qq));
-        if qq > 0.0 && qx * qx > best * qq {
-            (best, kept) = (qx * qx / qq, qx / qq);
+        let [qx, qq] = as_vectors([qx, qq]);
+        for (qx, qq) in qx.into_iter().zip(qq) {
+            if qq > 0.0 && qx * qx > best * qq {
+                (best, kept) = (qx * qx / qq, qx / qq);
+            }
         }
     }
     kept
@@ -207,14 +284,14 @@ fn affine(numbers: &[f32], levels: f32) -> Affine {
     }
     let scale = f16::from_f32(scales.iter().copied().fold(0.0, f32::max) / TOP);
     let offset = f16::from_f32(offsets.iter().copied().fold(0.0, f32::max) / TOP);
-    let whole = |of: &[f32; PARTS], unit: f16| -> [u8; PARTS] {
+    let in_units = |of: &[f32; PARTS], unit: f16| -> [u8; PARTS] {
         let unit = unit.to_f32();
         std::array::from_fn(|part| match unit {
             0.0 => 0,
-            unit => nearest(of[part] / unit).min(TOP) as u8,
+            unit => whole(of[part] / unit, 0.0, TOP) as u8,
         })
     };
-    let (scales, offsets) = (whole(&scales, scale), whole(&offsets, offset));
+    let (scales, offsets) = (in_units(&scales, scale), in_units(&offsets, offset));
     let mut quants = [0; LEN];
     for (part, numbers) in parts.iter().enumerate() {
         // by the scale that is kept
@@ -223,7 +300,7 @@ fn affine(numbers: &[f32], levels: f32) -> Affine {
         let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
         let quants = &mut quants[part * PART..][..PART];
         for (q, x) in quants.iter_mut().zip(numbers) {
-            *q = nearest(((x + shift) * inverse).clamp(0.0, levels)) as u8;
+            *q = whole((x + shift) * inverse, 0.0, levels) as u8;
         }
     }
     Affine {
@@ -455,13 +532,13 @@ impl Unit for Q6K {
             return block;
         }
         for (part, own) in block.parts.iter_mut().zip(&scales) {
-            *part = nearest(own / scale).clamp(-128.0, 127.0) as i8;
+            *part = whole(own / scale, -128.0, 127.0) as i8;
         }
         for (at, numbers) in small.iter().enumerate() {
             let step = scale * f32::from(block.parts[at]);
             let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
             for (i, x) in numbers.iter().enumerate() {
-                let q = nearest((x * inverse).clamp(-32.0, 31.0)) + 32.0;
+                let q = whole(x * inverse, -32.0, 31.0) + 32;
                 block.put(at * SMALL + i, q as u8);
             }
         }

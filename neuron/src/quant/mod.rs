@@ -208,8 +208,8 @@ impl Unit for Q8Block {
 
     #[inline(always)]
     fn encode(numbers: &[f32]) -> Self {
-        let largest = numbers.iter().fold(0f32, |top, x| top.max(x.abs()));
-        let scale = f16::from_f32(largest / 127.0);
+        let numbers: &[f32; Self::LEN] = numbers.try_into().expect("a whole block");
+        let scale = f16::from_f32(k_quants::largest(numbers) / 127.0);
         // by the scale that is kept, not the one before rounding: that halves the error of small blocks
         let inverse = match scale.to_f32() {
             0.0 => 0.0,
@@ -217,7 +217,7 @@ impl Unit for Q8Block {
         };
         let mut values = [0; Self::LEN];
         for (value, x) in values.iter_mut().zip(numbers) {
-            *value = k_quants::nearest((x * inverse).clamp(-127.0, 127.0)) as i8;
+            *value = k_quants::whole(x * inverse, -127.0, 127.0) as i8;
         }
         Self { scale, values }
     }
@@ -318,10 +318,10 @@ pub trait Rows: Sync {
     /// Row `row`, in f32; `out` has room for it. Called once for each row, from several threads.
     fn numbers(&self, row: usize, out: &mut [f32]);
 
-    /// Row `row`, as bytes of the format the matrix is to have, where it can be had so; `out` has room for it.
-    fn bytes(&self, row: usize, out: &mut [u8]) -> bool {
-        let _ = (row, out);
-        false
+    /// Row `row`, as bytes of the format the matrix is to have, where it can be had so: where it lies, or laid into `room`.
+    fn bytes<'a>(&'a self, row: usize, room: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let _ = (row, room);
+        None
     }
 }
 
@@ -331,20 +331,28 @@ impl<F: Fn(usize, &mut [f32]) + Sync> Rows for F {
     }
 }
 
-/// Room for a row on its way.
+/// Room for some rows on their way.
 struct Scratch<U> {
-    bytes: Vec<u8>,
     numbers: Vec<f32>,
+    rows: Vec<Room<U>>,
+}
+
+/// Room for one of them.
+#[derive(Clone)]
+struct Room<U> {
+    bytes: Vec<u8>,
     units: Vec<U>,
 }
 
 impl<U: Unit> Scratch<U> {
-    fn new(width: usize) -> Self {
-        let count = width / U::LEN;
+    fn new(rows: usize) -> Self {
+        let room = Room {
+            bytes: Vec::new(),
+            units: Vec::new(),
+        };
         Self {
-            bytes: vec![0; count * U::BYTES],
-            numbers: vec![0.0; width],
-            units: vec![U::EMPTY; count],
+            numbers: Vec::new(),
+            rows: vec![room; rows],
         }
     }
 }
@@ -386,11 +394,11 @@ impl Matrix {
                     .par_chunks_mut(count.max(1))
                     .enumerate()
                     .map_init(
-                        || Scratch::new(width),
+                        || Scratch::new(PANEL),
                         |scratch, (panel, blocks)| {
                             let first = first + panel * PANEL;
                             let own = first..last.min(first + PANEL);
-                            take_rows(source, own, scratch, blocks)
+                            take_rows(source, own, width, scratch, blocks)
                         },
                     )
                     .reduce(|| true, |one, other| one && other);
@@ -468,21 +476,30 @@ impl Matrix {
     }
 }
 
-/// Lays rows of `source` into a panel. False when a number does not fit.
+/// Lays rows of `source`, at most [`PANEL`], into a panel. False when a number does not fit.
 fn take_rows<B: Block>(
     source: &(impl Rows + ?Sized),
     rows: Range<usize>,
+    width: usize,
     scratch: &mut Scratch<B::Unit>,
     blocks: &mut [B],
 ) -> bool {
-    let mut fits = true;
-    for (at, row) in rows.enumerate() {
-        fits &= take_row(source, row, scratch);
-        for (block, unit) in blocks.iter_mut().zip(&scratch.units) {
-            block.put(at, unit);
-        }
+    let Scratch {
+        numbers,
+        rows: rooms,
+    } = scratch;
+    let mut all_fit = true;
+    let mut taken: [&[u8]; PANEL] = [&[]; PANEL];
+    for ((row, room), taken) in rows.clone().zip(rooms).zip(&mut taken) {
+        let (bytes, fits) = take_row(source, row, width, numbers, room);
+        all_fit &= fits;
+        *taken = bytes;
     }
-    fits
+    vectorised(
+        #[inline(always)]
+        || B::put_rows(blocks, &taken[..rows.len()]),
+    );
+    all_fit
 }
 
 /// The rows `rows` of `source` as files have them in `format`, one after another. `None` when a number does not fit.
@@ -510,10 +527,15 @@ pub(crate) fn encode_rows(
             .par_chunks_exact_mut(of_row.max(1))
             .enumerate()
             .map_init(
-                || Scratch::<U>::new(width),
-                |scratch, (at, out)| {
-                    let fits = take_row(source, rows.start + at, scratch);
-                    out.copy_from_slice(bytemuck::cast_slice(&scratch.units));
+                || Scratch::<U>::new(1),
+                |Scratch {
+                     numbers,
+                     rows: room,
+                 },
+                 (at, out)| {
+                    let row = rows.start + at;
+                    let (bytes, fits) = take_row(source, row, width, numbers, &mut room[0]);
+                    out.copy_from_slice(bytes);
                     fits
                 },
             )
@@ -531,22 +553,26 @@ pub(crate) fn encode_rows(
     }
 }
 
-/// Row `row` of `source` in units. False when a number does not fit.
-fn take_row<U: Unit>(source: &(impl Rows + ?Sized), row: usize, scratch: &mut Scratch<U>) -> bool {
-    let units = &mut scratch.units;
-    if source.bytes(row, &mut scratch.bytes) {
-        for (bytes, unit) in scratch.bytes.chunks_exact(U::BYTES).zip(units) {
-            *unit = U::read(bytes);
-        }
-        return true; // as the file has it
+/// Row `row` of `source` as files have it, and whether every number fits.
+fn take_row<'a, U: Unit>(
+    source: &'a (impl Rows + ?Sized),
+    row: usize,
+    width: usize,
+    numbers: &mut Vec<f32>,
+    Room { bytes, units }: &'a mut Room<U>,
+) -> (&'a [u8], bool) {
+    if let Some(stored) = source.bytes(row, bytes) {
+        return (stored, true); // as the file has it
     }
-    source.numbers(row, &mut scratch.numbers);
-    let numbers = &scratch.numbers;
+    numbers.resize(width, 0.0);
+    units.resize(width / U::LEN, U::EMPTY);
+    source.numbers(row, numbers);
     vectorised(
         #[inline(always)]
         || U::encode_all(numbers, units),
     );
-    units.iter().all(U::is_finite)
+    let fits = units.iter().all(U::is_finite);
+    (bytemuck::cast_slice(units), fits)
 }
 
 #[cfg(test)]

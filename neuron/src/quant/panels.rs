@@ -30,10 +30,22 @@ pub(crate) trait Block: Zeroable + Copy + Send + Sync + 'static {
 
     /// The unit of `row`.
     fn get(&self, row: usize) -> Self::Unit;
+
+    /// Lays down the units of rows, at most [`PANEL`], each of which has as many as there are blocks, as files have them.
+    #[inline(always)]
+    fn put_rows(blocks: &mut [Self], rows: &[&[u8]]) {
+        let of_unit = Self::Unit::BYTES;
+        // block by block: a panel may be larger than the first cache, which each row would fill anew
+        for (at, block) in blocks.iter_mut().enumerate() {
+            for (row, bytes) in rows.iter().enumerate() {
+                block.put(row, &Self::Unit::read(&bytes[at * of_unit..][..of_unit]));
+            }
+        }
+    }
 }
 
 macro_rules! single_numbers {
-    ($($name:ident: $kind:ty, $align:literal);*) => {$(
+    ($($name:ident: $kind:ty, $align:literal $(, $put_rows:item)?);*) => {$(
         #[doc = concat!("A `", stringify!($kind), "` of every row.")]
         #[derive(Debug, Clone, Copy, Zeroable)]
         #[repr(C, align($align))]
@@ -51,10 +63,63 @@ macro_rules! single_numbers {
             fn get(&self, row: usize) -> $kind {
                 self.0[row]
             }
+
+            $(#[inline(always)] $put_rows)?
         }
     )*};
 }
-single_numbers!(F32Block: f32, 64; F16Block: f16, 32; Bf16Block: bf16, 32);
+single_numbers!(
+    F32Block: f32, 64;
+    F16Block: f16, 32, fn put_rows(blocks: &mut [Self], rows: &[&[u8]]) {
+        put_words(blocks, rows, |block, words| block.0 = words.map(f16::from_bits));
+    };
+    Bf16Block: bf16, 32, fn put_rows(blocks: &mut [Self], rows: &[&[u8]]) {
+        put_words(blocks, rows, |block, words| block.0 = words.map(bf16::from_bits));
+    }
+);
+
+/// [`Block::put_rows`] for numbers of 16 bits, `put` being given those of all rows: whole panels a square at a time.
+#[inline(always)]
+fn put_words<B: Block>(blocks: &mut [B], rows: &[&[u8]], put: impl Fn(&mut B, [u16; PANEL])) {
+    let mut done = 0;
+    if let Some(rows) = rows.as_array::<PANEL>() {
+        for square in blocks.as_chunks_mut::<PANEL>().0 {
+            let lines = rows.map(|row| {
+                let (words, _) = row[2 * done..][..2 * PANEL].as_chunks();
+                std::array::from_fn(|at| u16::from_le_bytes(words[at]))
+            });
+            for (block, words) in square.iter_mut().zip(transposed(lines)) {
+                put(block, words);
+            }
+            done += PANEL;
+        }
+    }
+    for (at, block) in blocks.iter_mut().enumerate().skip(done) {
+        for (row, bytes) in rows.iter().enumerate() {
+            block.put(row, &B::Unit::read(&bytes[2 * at..][..2]));
+        }
+    }
+}
+
+/// The columns of a square. Shuffling its rows like cards, four times, is something that vectors of a processor do.
+#[inline(always)]
+fn transposed(mut lines: [[u16; PANEL]; PANEL]) -> [[u16; PANEL]; PANEL] {
+    const HALF: usize = PANEL / 2;
+    for _ in 0..PANEL.ilog2() {
+        let mut shuffled = [[0; PANEL]; PANEL];
+        for line in 0..HALF {
+            for at in 0..HALF {
+                for upper in 0..2 {
+                    let from = upper * HALF + at;
+                    shuffled[2 * line + upper][2 * at] = lines[line][from];
+                    shuffled[2 * line + upper][2 * at + 1] = lines[line + HALF][from];
+                }
+            }
+        }
+        lines = shuffled;
+    }
+    lines
+}
 
 /// [`Q8Block`] of every row.
 #[derive(Debug, Clone, Copy, Zeroable)]
@@ -239,6 +304,41 @@ mod tests {
         for (row, unit) in units.iter().enumerate() {
             assert_eq!(block.get(row), *unit, "row {row}");
         }
+    }
+
+    #[test]
+    fn rows_laid_down_together_are_as_each_alone() {
+        fn check<B: Block>()
+        where
+            B::Unit: PartialEq + std::fmt::Debug,
+        {
+            for (count, units) in [(PANEL, 37), (PANEL, 16), (PANEL - 3, 20), (1, 1)] {
+                let values = numbers(3, count * units * B::Unit::LEN);
+                let mut rows = vec![vec![B::Unit::EMPTY; units]; count];
+                for (row, values) in rows.iter_mut().zip(values.chunks(units * B::Unit::LEN)) {
+                    B::Unit::encode_all(values, row);
+                }
+                let bytes: Vec<&[u8]> = rows.iter().map(|row| bytemuck::cast_slice(row)).collect();
+                let mut blocks = vec![B::zeroed(); units];
+                B::put_rows(&mut blocks, &bytes);
+                for (at, block) in blocks.iter().enumerate() {
+                    for (index, row) in rows.iter().enumerate() {
+                        assert_eq!(
+                            block.get(index),
+                            row[at],
+                            "row {index}, unit {at} of {units}"
+                        );
+                    }
+                }
+            }
+        }
+        check::<F32Block>();
+        check::<F16Block>();
+        check::<Bf16Block>();
+        check::<Q8Rows>();
+        check::<Q4KRows>();
+        check::<Q5KRows>();
+        check::<Q6KRows>();
     }
 
     #[test]

@@ -525,21 +525,40 @@ impl Source<'_> {
         }
     }
 
-    /// The bytes of `run`, counted in numbers through the whole tensor, if they can be taken as they are; `out` is as long.
-    pub(super) fn bytes(&self, run: Range<usize>, mut out: &mut [u8]) -> bool {
+    /// Whether the bytes of `run`, counted in numbers through the whole tensor, can be taken as they are.
+    fn is_plain(&self, run: &Range<usize>) -> bool {
         let (numbers, _) = self.entry.unit();
-        let whole = run.start.is_multiple_of(numbers) && run.end.is_multiple_of(numbers);
-        if !whole
-            || self.scales.is_some()
-            || !self.entry.columns.is_empty()
-            || self.entry.change != Change::None
-        {
+        run.start.is_multiple_of(numbers)
+            && run.end.is_multiple_of(numbers)
+            && self.scales.is_none()
+            && self.entry.columns.is_empty()
+            && self.entry.change == Change::None
+    }
+
+    /// The bytes of `run` where they lie, if they can be taken as they are and lie in one piece.
+    pub(super) fn mapped(&self, run: Range<usize>) -> Option<&[u8]> {
+        let Bytes::Mapped(mapped) = self.bytes else {
+            return None;
+        };
+        if !self.is_plain(&run) {
+            return None;
+        }
+        let mut pieces = self.entry.locate(run);
+        match (pieces.next(), pieces.next()) {
+            (Some(piece), None) => Some(&mapped[piece]),
+            _ => None,
+        }
+    }
+
+    /// Lays the bytes of `run` behind those in `out`, if they can be taken as they are.
+    pub(super) fn bytes(&self, run: Range<usize>, out: &mut Vec<u8>) -> bool {
+        if !self.is_plain(&run) {
             return false;
         }
         for bytes in self.entry.locate(run) {
-            let (own, rest) = out.split_at_mut(bytes.len());
-            self.bytes.copy(bytes.start, own);
-            out = rest;
+            let before = out.len();
+            out.resize(before + bytes.len(), 0);
+            self.bytes.copy(bytes.start, &mut out[before..]);
         }
         true
     }

@@ -598,14 +598,21 @@ impl Rows for Held<'_> {
         }
     }
 
-    fn bytes(&self, row: usize, mut out: &mut [u8]) -> bool {
-        self.as_stored
-            && self.selection.runs(row).all(|run| {
-                let length = self.source.stored(run.len()) as usize;
-                let (own, rest) = std::mem::take(&mut out).split_at_mut(length);
-                out = rest;
-                self.source.bytes(run, own)
-            })
+    fn bytes<'a>(&'a self, row: usize, room: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        if !self.as_stored {
+            return None;
+        }
+        let mut runs = self.selection.runs(row);
+        if let (Some(run), None) = (runs.next(), runs.next())
+            && let Some(bytes) = self.source.mapped(run)
+        {
+            return Some(bytes);
+        }
+        room.clear();
+        self.selection
+            .runs(row)
+            .all(|run| self.source.bytes(run, room))
+            .then_some(&**room)
     }
 }
 

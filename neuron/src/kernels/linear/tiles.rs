@@ -113,6 +113,8 @@ pub(super) trait Tile: Block {
 
     /// Inputs of a panel that many rows meet, such that it stays in the caches: a multiple of [`Unit::LEN`].
     const DEPTH: usize;
+    /// Panels of as many inputs that stay in the first cache beside a group of x.
+    const TOGETHER: usize;
 
     /// The panels, all of one length, one after the other, widened; none where that is not worth while even for many rows.
     fn widened<L: Lanes>(panels: &[&[Self]]) -> Option<Vec<Self::Wide>> {
@@ -172,6 +174,7 @@ macro_rules! single_numbers {
             type Wide = F32Block;
 
             const DEPTH: usize = 128;
+            const TOGETHER: usize = 2;
 
             $(
                 fn widened<L: Lanes>(panels: &[&[Self]]) -> Option<Vec<F32Block>> {
@@ -268,6 +271,7 @@ macro_rules! blocks {
             type Wide = Self;
 
             const DEPTH: usize = 1024;
+            const TOGETHER: usize = 4;
 
             #[inline(always)]
             fn multiply<L: Lanes>(panels: &[&[Self]], x: &[Rounded], rows: usize, sums: &mut [Sums]) {
