@@ -484,18 +484,18 @@ fn measure_peer(
     };
     match peer::measure(python, &asked, Duration::from_secs(args.peer_seconds)) {
         Ok(found) => {
-            put_beside(&found, &asked, measured);
+            put_beside(&found, &args.prompt, measured);
             found.to_string()
         }
         Err(error) => error.to_string(),
     }
 }
 
-fn put_beside(found: &peer::Found, asked: &peer::Asked, measured: &mut [Measured]) {
+fn put_beside(found: &peer::Found, prompts: &[usize], measured: &mut [Measured]) {
     for one in measured {
         let seconds = match one.what {
             "prefill" => {
-                let mut all = asked.prompts.iter().zip(&found.prefill_seconds);
+                let mut all = prompts.iter().zip(&found.prefill_seconds);
                 let found = all.find(|(prompt, _)| **prompt == one.tokens);
                 found.map(|(_, seconds)| *seconds)
             }
@@ -588,6 +588,50 @@ mod tests {
         if case.ways {
             all_pass(&equalities);
         }
+    }
+
+    #[test]
+    fn figures_of_a_peer_stand_beside_what_they_are_of() {
+        let one = |what, batch, tokens| Measured {
+            shape: "9b".into(),
+            weight_bytes: 0,
+            what,
+            batch,
+            tokens,
+            tokens_per_second: 7.0,
+            bandwidth_share: None,
+            rate_share: None,
+            peer_tokens_per_second: None,
+        };
+        let mut measured = vec![
+            one("prefill", 1, 512),
+            one("prefill", 1, 8192),
+            one("decode", 1, 64),
+            one("decode", 8, 64),
+        ];
+        let prompts = [512, 8192];
+        let found = peer::Found {
+            prefill_seconds: vec![0.25, 2.0],
+            decode_seconds: 0.5,
+            ..peer::Found::default()
+        };
+        put_beside(&found, &prompts, &mut measured);
+        let beside = measured.iter().map(|one| one.peer_tokens_per_second);
+        let expected = [Some(2048.0), Some(4096.0), Some(128.0), None];
+        assert_eq!(beside.collect::<Vec<_>>(), expected);
+        let report = Report {
+            device: "a device".into(),
+            peaks: None,
+            kernels: Vec::new(),
+            models: Vec::new(),
+            equalities: Vec::new(),
+            measurements: measured,
+            peer: vec!["9b: transformers".into()],
+        };
+        let shown = report.to_string();
+        let last = "| 9b | decode | 8 | 64 | 7.0 | – | – | – |\n\nbeside neuron: 9b: transformers";
+        assert!(shown.ends_with(last), "{shown}");
+        assert!(shown.contains("| 9b | prefill | 1 | 512 | 7.0 | – | – | 2048.0 |"));
     }
 
     // Each member of the family once, and between them every way of reading a prompt: the whole is for a device.

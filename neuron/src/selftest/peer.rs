@@ -41,12 +41,12 @@ enum Answer {
 }
 
 /// What was measured.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub(super) struct Found {
-    transformers: String,
-    torch: String,
+    pub(super) transformers: String,
+    pub(super) torch: String,
     /// Whether it has kernels for the delta rule; what it does without them is slow.
-    fla: bool,
+    pub(super) fla: bool,
     /// Of each prompt.
     pub(super) prefill_seconds: Vec<f64>,
     pub(super) decode_seconds: f64,
