@@ -3,6 +3,7 @@
 //! The model alone is measured, without the engine, the tokenizer and HTTP around it.
 
 use crate::gpu::{GpuError, Peaks};
+use crate::kernels::choose::Rule;
 use crate::kernels::rows::Place;
 use crate::memory::SequenceState;
 use crate::model::{
@@ -302,8 +303,10 @@ fn decode(model: &dyn CausalLm, batch: usize, args: &Measure) -> Result<f64, Mod
         }
         let mut states: Vec<&mut SequenceState> = states.iter_mut().collect();
         // as the engine does where the likeliest token is taken
+        let rules = vec![Rule::likeliest(); states.len()];
         let vocab = model.vocab_size();
-        model.forward_best(&rows, &mut states, vocab).map(drop)
+        let chosen = model.forward_chosen(&rows, &mut states, &rules, vocab);
+        chosen.map(drop)
     };
     step(&mut states, 0)?; // memory is touched for the first time
     let began = Instant::now();

@@ -64,11 +64,6 @@ impl Guide {
         }
     }
 
-    /// Whether it lets every token pass, now and to the end.
-    pub(super) fn is_free(&self) -> bool {
-        self.budget.is_none() && self.grammar.is_none() && self.forced.is_empty()
-    }
-
     /// What is said of the token after those `output` has taken.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use super::prefix::{Found, PrefixTree, Spill};
 use super::scheduler::{Begun, Bounds, Scheduler, Store};
 use super::sequence::{Sequence, SequenceId};
 use crate::kernels::argmax;
+use crate::kernels::choose::Rule;
 use crate::kernels::rows::Rows;
 use crate::memory::pool::{BLOCK, KvPool, KvShape};
 use crate::memory::{SequenceState, SharedBlock, Snapshot};
@@ -180,19 +181,21 @@ impl ModelRunner {
         })
     }
 
-    /// As [`Self::run`], where of each row that samples only the likeliest of the first `allowed` tokens is wanted, see
-    /// [`CausalLm::forward_best`].
-    pub(super) fn run_best(
+    /// As [`Self::run`], where of each row that samples only the token is wanted that its rule chooses of the first `allowed`, see
+    /// [`CausalLm::forward_chosen`].
+    pub(super) fn run_chosen(
         &mut self,
         plan: &Plan,
         scheduler: &Scheduler,
+        rules: &[Rule],
         allowed: usize,
-    ) -> Result<Vec<(u32, f32)>, ModelError> {
+    ) -> Result<Vec<Option<u32>>, ModelError> {
         let (batch, _, mut states) = self.begin(plan, scheduler);
         let mut lent: Vec<&mut SequenceState> = states.iter_mut().collect();
-        let best = self.model.forward_best(&batch, &mut lent, allowed)?;
+        let model = &self.model;
+        let chosen = model.forward_chosen(&batch, &mut lent, rules, allowed)?;
         self.end(plan, states);
-        Ok(best)
+        Ok(chosen)
     }
 
     /// The rows of `plan` as the model takes them, how many tokens of each have logits, and their states, which have room.

@@ -1,12 +1,12 @@
-//! Logits → one token id.
+//! What is asked of each token of an answer, and what the answer has so far, as a [`Rule`] for the next one.
 
 use crate::kernels::argmax;
+use crate::kernels::choose::{Edit, Pick, Rule, top};
 use crate::text::grammar::Mask;
 use crate::text::output::Scored;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::cmp::{Ordering, Reverse};
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BTreeMap;
 
 /// Most tokens whose log probabilities are given at each place.
 pub const MOST_LOGPROBS: u64 = 20;
@@ -187,11 +187,8 @@ impl Place {
             .map(|logit| f64::from((logit - peak).exp()))
             .sum();
         let total = peak + sum.ln() as f32;
-        let mut top = top(logits, top_count).into_sorted_vec();
-        top.reverse();
-        let top = top
-            .into_iter()
-            .map(|next| (id(next.id), next.logit - total));
+        let likeliest = top(logits, top_count).into_sorted_vec().into_iter();
+        let top = likeliest.map(|next| (next.0.id as u32, next.0.logit - total));
         Self {
             total,
             top: top.collect(),
@@ -227,13 +224,13 @@ pub struct Bounds<'a> {
     pub ends: &'a [u32],
 }
 
-/// Chooses the tokens of one answer, and remembers those it has for the penalties.
+/// Says how the tokens of one answer are chosen, and remembers those it has for the penalties.
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
-    /// Ids of the prompt, each once; only where they matter.
+    /// Ids of the prompt in order, each once; only where they matter.
     prompt: Vec<u32>,
-    counts: HashMap<u32, u32>,
+    counts: BTreeMap<u32, u32>,
     drawn: u64,
 }
 
@@ -250,7 +247,7 @@ impl Sampler {
         Self {
             params,
             prompt: ids,
-            counts: HashMap::new(),
+            counts: BTreeMap::new(),
             drawn: 0,
         }
     }
@@ -261,236 +258,131 @@ impl Sampler {
         usize::try_from(self.params.asked.logprobs.unwrap_or(0)).unwrap_or(0)
     }
 
-    /// Whether the next token is the likeliest as the logits are, and nothing else is asked of them.
+    /// Whether log probabilities are wanted, for which logits are looked at beside the choice.
     #[must_use]
-    pub fn takes_the_likeliest(&self) -> bool {
-        let asked = &self.params.asked;
-        (asked.temperature == 0.0 || asked.top_k == 1)
-            && asked.logprobs.is_none()
-            && asked.repetition_penalty == 1.0
-            && asked.presence_penalty == 0.0
-            && asked.frequency_penalty == 0.0
-            && asked.logit_bias.is_empty()
-            && self.drawn >= asked.min_tokens
+    pub fn scores(&self) -> bool {
+        self.params.asked.logprobs.is_some()
     }
 
-    /// Takes in a token that was chosen elsewhere, as [`Self::next`] would have.
+    /// How the next token is chosen, of those that `mask` allows. It depends on the arguments, the parameters and the answer so
+    /// far alone.
+    #[must_use]
+    pub fn rule(&self, mask: Option<Mask>, ends: &[u32]) -> Rule {
+        let asked = &self.params.asked;
+        let pick = if asked.temperature == 0.0 || asked.top_k == 1 {
+            Pick::LIKELIEST
+        } else {
+            let top_k = u32::try_from(asked.top_k).unwrap_or(0); // -1: all
+            Pick::by_chance(
+                asked.temperature,
+                top_k,
+                asked.top_p,
+                asked.min_p,
+                random(asked.seed, self.drawn),
+            )
+        };
+        Rule {
+            edits: self.edits(ends),
+            mask: mask.map(Mask::into_words),
+            pick,
+        }
+    }
+
+    /// Penalties, bias, and ends that come too early.
+    fn edits(&self, ends: &[u32]) -> Vec<Edit> {
+        let asked = &self.params.asked;
+        let mut edits = BTreeMap::new();
+        let mut add = |id: u32, by: f64| *edits.entry(id).or_insert(0.0) += by;
+        if asked.presence_penalty != 0.0 || asked.frequency_penalty != 0.0 {
+            for (&id, &count) in &self.counts {
+                let times = f64::from(count);
+                add(
+                    id,
+                    -asked.presence_penalty - asked.frequency_penalty * times,
+                );
+            }
+        }
+        for &(id, by) in &asked.logit_bias {
+            add(id, by);
+        }
+        if self.drawn < asked.min_tokens {
+            for &end in ends {
+                add(end, f64::NEG_INFINITY);
+            }
+        }
+        let mut edits: Vec<Edit> = edits
+            .into_iter()
+            .map(|(id, add)| Edit {
+                id,
+                divide: 1.0,
+                add: add as f32,
+            })
+            .collect();
+        if asked.repetition_penalty != 1.0 {
+            let divide = asked.repetition_penalty as f32;
+            for edit in &mut edits {
+                if self.prompt.binary_search(&edit.id).is_ok() || self.counts.contains_key(&edit.id)
+                {
+                    edit.divide = divide;
+                }
+            }
+            let answer = self.counts.keys().copied();
+            let answer = answer.filter(|id| self.prompt.binary_search(id).is_err());
+            let changed = edits.len();
+            for id in self.prompt.iter().copied().chain(answer) {
+                let is_changed = edits[..changed].binary_search_by_key(&id, |edit| edit.id);
+                if is_changed.is_err() {
+                    let add = 0.0;
+                    edits.push(Edit { id, divide, add });
+                }
+            }
+        }
+        edits
+    }
+
+    /// Takes in the token that was chosen.
     pub fn took(&mut self, token: u32) {
         self.drawn += 1;
         *self.counts.entry(token).or_default() += 1;
     }
 
-    /// Chooses the next token. The choice depends on the arguments, the parameters and the answer so far alone.
+    /// Chooses the next token among `logits`, by [`Self::rule`], and takes it in.
     ///
     /// `logits` are those of the ids that may be sampled: the tail past the tokenizer is cut off by the caller. They are
     /// changed in place.
     ///
     /// # Errors
-    /// [`NotANumber`] when no logit is finite.
+    /// [`NotANumber`] when a logit is none, or none is finite.
     pub fn next(&mut self, logits: &mut [f32], bounds: Bounds<'_>) -> Result<Choice, NotANumber> {
-        if logits.iter().any(|logit| logit.is_nan()) {
-            return Err(NotANumber);
-        }
-        let place = self
-            .params
-            .asked
-            .logprobs
-            .map(|_| Place::of(logits, self.top_count()));
-        let mut before = Vec::new();
-        let token = match bounds.forced {
-            Some(token) => token,
+        let place = self.scores().then(|| Place::of(logits, self.top_count()));
+        let (token, logit) = match bounds.forced {
+            Some(_) if logits.iter().any(|logit| logit.is_nan()) => return Err(NotANumber),
+            Some(token) => (token, logits[token as usize]),
             None => {
-                self.change(logits, place.is_some().then_some(&mut before));
-                if self.drawn < self.params.asked.min_tokens {
-                    for end in bounds.ends {
-                        if let Some(logit) = logits.get_mut(*end as usize) {
-                            *logit = f32::NEG_INFINITY;
-                        }
-                    }
-                }
-                if let Some(mask) = bounds.mask {
-                    mask.apply(logits);
-                }
-                draw(logits, &self.params.asked, self.drawn)?
+                let rule = self.rule(bounds.mask, bounds.ends);
+                let edits = rule.edits.iter();
+                let before: Vec<(u32, f32)> = edits
+                    .filter(|_| place.is_some())
+                    .filter_map(|edit| Some((edit.id, *logits.get(edit.id as usize)?)))
+                    .collect();
+                let token = rule.choose(logits).ok_or(NotANumber)?;
+                let changed = before.iter().find(|(id, _)| *id == token);
+                let logit = changed.map_or(logits[token as usize], |(_, logit)| *logit);
+                (token, logit)
             }
         };
         self.took(token);
-        let scored = place.map(|place| {
-            let changed = before.iter().find(|(id, _)| *id == token);
-            let logit = changed.map_or_else(|| logits[token as usize], |(_, logit)| *logit);
-            place.scored(token, logit)
-        });
+        let scored = place.map(|place| place.scored(token, logit));
         Ok(Choice { token, scored })
     }
-
-    /// Penalties and bias. `before` gets what they changed, as it was.
-    fn change(&self, logits: &mut [f32], mut before: Option<&mut Vec<(u32, f32)>>) {
-        let asked = &self.params.asked;
-        let mut change = |id: u32, to: &dyn Fn(f32) -> f32| {
-            let Some(logit) = logits.get_mut(id as usize) else {
-                return;
-            };
-            if let Some(before) = before.as_deref_mut() {
-                before.push((id, *logit));
-            }
-            *logit = to(*logit);
-        };
-        if asked.repetition_penalty != 1.0 {
-            let by = asked.repetition_penalty as f32;
-            let answer = self.counts.keys();
-            let answer = answer.filter(|id| self.prompt.binary_search(id).is_err());
-            for &id in self.prompt.iter().chain(answer) {
-                change(id, &|logit| {
-                    if logit > 0.0 { logit / by } else { logit * by }
-                });
-            }
-        }
-        let (presence, frequency) = (
-            asked.presence_penalty as f32,
-            asked.frequency_penalty as f32,
-        );
-        if presence != 0.0 || frequency != 0.0 {
-            for (&id, &count) in &self.counts {
-                change(id, &|logit| logit - presence - frequency * count as f32);
-            }
-        }
-        for &(id, by) in &asked.logit_bias {
-            change(id, &|logit| logit + by as f32);
-        }
-    }
-}
-
-/// The `counter`-th choice of a request among `logits`.
-fn draw(logits: &[f32], params: &SamplingFields, counter: u64) -> Result<u32, NotANumber> {
-    let best = argmax(logits).ok_or(NotANumber)?;
-    if params.temperature == 0.0 || params.top_k == 1 {
-        return Ok(id(best));
-    }
-    let peak = logits[best];
-    let scale = 1.0 / params.temperature as f32;
-    let weight = |logit: f32| ((logit - peak) * scale).exp();
-    let mut draw = Draw::new(params.seed, counter);
-    if params.top_k <= 0 && params.top_p >= 1.0 {
-        // No order needed: min_p compares to the peak, whose weight is one.
-        let least = params.min_p as f32;
-        let kept = |logit: &f32| Some(weight(*logit)).filter(|weight| *weight >= least);
-        let total = logits.iter().filter_map(kept).map(f64::from).sum::<f64>();
-        let kept = logits.iter().enumerate();
-        let kept = kept
-            .filter_map(|(id, logit)| Some((id, weight(*logit))).filter(|kept| kept.1 >= least));
-        return Ok(id(draw.pick(kept, total).unwrap_or(best)));
-    }
-    let candidates = likeliest(logits, params, weight);
-    let total = candidates.iter().map(|kept| f64::from(kept.1)).sum();
-    Ok(id(draw.pick(candidates.into_iter(), total).unwrap_or(best)))
-}
-
-/// The tokens that top_k, then top_p, then min_p leave, likeliest first, with their weights.
-fn likeliest(
-    logits: &[f32],
-    params: &SamplingFields,
-    weight: impl Fn(f32) -> f32,
-) -> Vec<(usize, f32)> {
-    // A heap gives the likeliest first at the price of those taken: most answers need a few dozen of 250,000.
-    let mut ranked = match usize::try_from(params.top_k) {
-        Ok(0) | Err(_) => ranked(logits).collect(),
-        Ok(k) => top(logits, k),
-    };
-    let weights = ranked.iter().map(|next| f64::from(weight(next.logit)));
-    let wanted = params.top_p * weights.sum::<f64>();
-    let mut kept = Vec::new();
-    let mut covered = 0.0;
-    while covered < wanted
-        && let Some(next) = ranked.pop()
-    {
-        let weight = weight(next.logit);
-        if weight < params.min_p as f32 {
-            break;
-        }
-        covered += f64::from(weight);
-        kept.push((next.id, weight));
-    }
-    kept
-}
-
-fn ranked(logits: &[f32]) -> impl Iterator<Item = Ranked> {
-    let logits = logits.iter().enumerate();
-    logits.map(|(id, &logit)| Ranked { logit, id })
-}
-
-/// The `k` likeliest.
-fn top(logits: &[f32], k: usize) -> BinaryHeap<Ranked> {
-    let mut kept: BinaryHeap<Reverse<Ranked>> = BinaryHeap::new();
-    for next in ranked(logits) {
-        if kept.len() < k {
-            kept.push(Reverse(next));
-        } else if kept.peek().is_some_and(|least| next > least.0) {
-            kept.pop();
-            kept.push(Reverse(next));
-        }
-    }
-    kept.into_iter().map(|Reverse(next)| next).collect()
-}
-
-fn id(index: usize) -> u32 {
-    u32::try_from(index).expect("a vocabulary is smaller than u32")
 }
 
 /// The random number of one token: the place `counter` of the stream `seed`, whatever was drawn elsewhere.
-struct Draw {
-    point: f64,
+fn random(seed: u64, counter: u64) -> u64 {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_word_pos(u128::from(counter) * 2); // a number of 64 bits is two words
+    rng.random()
 }
-
-impl Draw {
-    fn new(seed: u64, counter: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_word_pos(u128::from(counter) * 2); // one f64 is two words
-        Self {
-            point: rng.random(),
-        }
-    }
-
-    fn pick(&mut self, weights: impl Iterator<Item = (usize, f32)>, total: f64) -> Option<usize> {
-        let wanted = self.point * total;
-        let mut covered = 0.0;
-        let mut last = None;
-        for (id, weight) in weights {
-            covered += f64::from(weight);
-            last = Some(id);
-            if covered > wanted {
-                break;
-            }
-        }
-        last
-    }
-}
-
-struct Ranked {
-    logit: f32,
-    id: usize,
-}
-
-impl Ord for Ranked {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.logit
-            .total_cmp(&other.logit)
-            .then(other.id.cmp(&self.id))
-    }
-}
-
-impl PartialOrd for Ranked {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Ranked {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Ranked {}
 
 #[cfg(test)]
 mod tests {
@@ -498,13 +390,12 @@ mod tests {
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
-    /// How often each id comes in 4,000 draws.
-    fn counts(params: &SamplingFields) -> [u32; 5] {
-        let mut counts = [0; 5];
-        for counter in 0..4000 {
-            counts[draw(&LOGITS, params, counter).unwrap() as usize] += 1;
-        }
-        counts
+    /// The choice of the `counter`-th token among the same logits.
+    fn draw(params: &SamplingFields, counter: u64) -> u32 {
+        let mut sampler = Sampler::new(params.clone().checked().unwrap(), &[]);
+        sampler.drawn = counter;
+        let choice = sampler.next(&mut LOGITS.clone(), Bounds::default());
+        choice.unwrap().token
     }
 
     fn params(temperature: f64, top_k: i64, top_p: f64, min_p: f64) -> SamplingFields {
@@ -531,16 +422,22 @@ mod tests {
 
     #[test]
     fn temperature_zero_is_the_first_of_the_largest() {
-        assert_eq!(draw(&LOGITS, &greedy(), 0), Ok(1));
-        let hidden = [f32::NEG_INFINITY, -5.0, f32::NEG_INFINITY];
-        assert_eq!(draw(&hidden, &greedy(), 0), Ok(1));
+        assert_eq!(draw(&greedy(), 0), 1);
+        for counter in 0..20 {
+            assert_eq!(draw(&params(2.0, 1, 1.0, 0.0), counter), 1);
+        }
     }
 
     #[test]
     fn the_frequencies_follow_the_softmax() {
         let weights: Vec<f64> = LOGITS.iter().map(|logit| f64::from(*logit).exp()).collect();
         let total: f64 = weights.iter().sum();
-        for (count, weight) in counts(&params(1.0, 0, 1.0, 0.0)).iter().zip(&weights) {
+        let plain = params(1.0, 0, 1.0, 0.0);
+        let mut counts = [0; LOGITS.len()];
+        for counter in 0..4000 {
+            counts[draw(&plain, counter) as usize] += 1;
+        }
+        for (count, weight) in counts.iter().zip(&weights) {
             let expected = 4000.0 * weight / total;
             let error = (f64::from(*count) - expected).abs();
             assert!(
@@ -551,38 +448,21 @@ mod tests {
     }
 
     #[test]
-    fn each_filter_keeps_what_it_names() {
-        let kept = |params| counts(&params).map(|count| count > 0);
-        assert_eq!(
-            kept(params(1.0, 2, 1.0, 0.0)),
-            [false, true, false, true, false]
-        );
-        assert_eq!(
-            kept(params(1.0, 3, 1.0, 0.0)),
-            [false, true, true, true, false]
-        );
-        // e³+e³ of the whole is 0.79
-        assert_eq!(
-            kept(params(1.0, 0, 0.75, 0.0)),
-            [false, true, false, true, false]
-        );
-        assert_eq!(
-            kept(params(1.0, 0, 0.85, 0.0)),
-            [false, true, true, true, false]
-        );
-        assert_eq!(
-            kept(params(1.0, 3, 0.5, 0.0)),
-            [false, true, false, true, false]
-        );
-        // e² to e³ is 0.37
-        assert_eq!(
-            kept(params(1.0, 0, 1.0, 0.3)),
-            [false, true, true, true, false]
-        );
-        assert_eq!(
-            kept(params(1.0, 0, 0.99, 0.4)),
-            [false, true, false, true, false]
-        );
+    fn filters_are_those_of_the_request() {
+        let kept = |params| {
+            let mut kept = [false; LOGITS.len()];
+            for counter in 0..400 {
+                kept[draw(&params, counter) as usize] = true;
+            }
+            kept
+        };
+        let [both, three] = [
+            [false, true, false, true, false],
+            [false, true, true, true, false],
+        ];
+        assert_eq!(kept(params(1.0, 3, 1.0, 0.0)), three);
+        assert_eq!(kept(params(1.0, -1, 0.75, 0.0)), both); // e³+e³ of the whole is 0.79
+        assert_eq!(kept(params(1.0, 0, 1.0, 0.3)), three); // e² to e³ is 0.37
     }
 
     #[test]
@@ -592,7 +472,7 @@ mod tests {
                 seed,
                 ..params(1.5, 0, 1.0, 0.0)
             };
-            draw(&LOGITS, &fields, counter).unwrap()
+            draw(&fields, counter)
         };
         let forward: Vec<u32> = (0..50).map(|counter| draw(1, counter)).collect();
         let backward: Vec<u32> = (0..50).rev().map(|counter| draw(1, counter)).collect();
@@ -611,7 +491,7 @@ mod tests {
             Err(NotANumber)
         );
         assert_eq!(
-            draw(&[f32::NEG_INFINITY], &params(1.0, 0, 1.0, 0.0), 0),
+            sampler.next(&mut [f32::NEG_INFINITY], Bounds::default()),
             Err(NotANumber)
         );
     }

@@ -2,7 +2,7 @@
 
 use super::admission::Ticket;
 use super::drafts::Drafter;
-use super::guide::Guide;
+use super::guide::{Guide, Next};
 use super::metrics::ModelMetrics;
 use super::pace::Pace;
 use super::plan::Plan;
@@ -12,6 +12,7 @@ use super::sampler::{Bounds, NotANumber, Sampler, score};
 use super::scheduler::{self, Scheduler};
 use super::sequence::{Sequence, SequenceId};
 use super::{Command, EngineConfig};
+use crate::kernels::choose::Rule;
 use crate::model::{CausalLm, ModelError};
 use crate::text::grammar::GrammarError;
 use crate::text::output::{Delta, Ending, Output, Scored};
@@ -145,10 +146,11 @@ impl Worker {
             return Ok(());
         }
         let began = Instant::now();
-        let sampled = if self.takes_the_likeliest(&plan) {
-            let allowed = self.config.vocab;
-            let best = self.runner.run_best(&plan, &self.scheduler, allowed)?;
-            self.take_likeliest(&plan, &best)
+        let sampled = if self.wants_tokens_alone(&plan) {
+            let (rules, forced) = self.rules(&plan);
+            let (runner, scheduler) = (&mut self.runner, &self.scheduler);
+            let chosen = runner.run_chosen(&plan, scheduler, &rules, self.config.vocab)?;
+            self.take_chosen(&plan, forced, &chosen)
         } else {
             let mut logits = self.runner.run(&plan, &self.scheduler)?;
             self.sample(&plan, &mut logits)
@@ -287,32 +289,55 @@ impl Worker {
         plan
     }
 
-    /// Whether every row that samples takes the likeliest token and wants nothing else of the logits. They then need not be
-    /// brought to the host.
-    fn takes_the_likeliest(&self, plan: &Plan) -> bool {
+    /// Whether of every row that samples the next token is wanted and nothing else of the logits. They then need not be brought
+    /// to the host: the model chooses.
+    fn wants_tokens_alone(&self, plan: &Plan) -> bool {
         self.config.bounds.drafts == 0
             && plan.rows.iter().all(|row| {
                 let life = || self.lives.get(&row.sequence);
-                !row.every && (!row.sample || life().is_some_and(Life::takes_the_likeliest))
+                !row.every && (!row.sample || life().is_some_and(Life::wants_tokens_alone))
             })
     }
 
-    /// The next token of every row that samples, which is the likeliest; a sequence whose logits are no numbers fails alone.
-    fn take_likeliest(&mut self, plan: &Plan, best: &[(u32, f32)]) -> Vec<Sampled> {
+    /// By which rule the next token of each row that samples is chosen, and the one that takes the place of a choice where there
+    /// is one.
+    fn rules(&mut self, plan: &Plan) -> (Vec<Rule>, Vec<Result<Option<u32>, EngineError>>) {
+        let rows = plan.rows.iter().filter(|row| row.sample);
+        let lives = rows.map(|row| {
+            let life = self.lives.get_mut(&row.sequence);
+            let rule = life.map(|life| life.rule(&self.metrics));
+            match rule {
+                Some(Ok((rule, forced))) => (rule, Ok(forced)),
+                Some(Err(error)) => (Rule::likeliest(), Err(error)),
+                None => (Rule::likeliest(), Ok(None)), // nobody waits for it
+            }
+        });
+        lives.collect()
+    }
+
+    /// Takes in the token of every row that samples; a sequence whose logits are no numbers fails alone.
+    fn take_chosen(
+        &mut self,
+        plan: &Plan,
+        forced: Vec<Result<Option<u32>, EngineError>>,
+        chosen: &[Option<u32>],
+    ) -> Vec<Sampled> {
         let mut sampled = Vec::new();
-        for (row, (token, logit)) in plan.rows.iter().filter(|row| row.sample).zip(best) {
+        let rows = plan.rows.iter().filter(|row| row.sample);
+        for (row, (forced, chosen)) in rows.zip(forced.into_iter().zip(chosen)) {
             let id = row.sequence;
             let Some(life) = self.lives.get_mut(&id) else {
                 continue;
             };
-            let written = if logit.is_nan() {
-                Err(NotANumber.into())
-            } else {
-                life.sampler.took(*token);
-                life.advance(*token).map_err(EngineError::from)
-            };
+            let written = forced.and_then(|forced| {
+                let chosen = chosen.ok_or(NotANumber)?;
+                let token = forced.unwrap_or(chosen);
+                life.sampler.took(token);
+                life.advance(token)?;
+                Ok(token)
+            });
             match written {
-                Ok(()) => sampled.push((id, vec![*token])),
+                Ok(token) => sampled.push((id, vec![token])),
                 Err(error) => self.fail(id, error),
             }
         }
@@ -629,12 +654,9 @@ impl Life {
         }
     }
 
-    /// Whether the next token is the likeliest, and nothing else is wanted of the logits.
-    fn takes_the_likeliest(&self) -> bool {
-        self.sampler.takes_the_likeliest()
-            && self.guide.is_free()
-            && self.prompt_scores.is_none()
-            && self.max_tokens > 0
+    /// Whether there is a next token, and nothing else is wanted of the logits.
+    fn wants_tokens_alone(&self) -> bool {
+        !self.sampler.scores() && self.prompt_scores.is_none() && self.max_tokens > 0
     }
 
     /// The score of each prompt token that follows one of `places`, each of which comes with its logits.
@@ -655,13 +677,29 @@ impl Life {
         Ok(())
     }
 
-    /// The next token.
-    fn choose(&mut self, logits: &mut [f32], metrics: &ModelMetrics) -> Result<u32, EngineError> {
+    /// What the guide says of the next token.
+    fn guided(&mut self, metrics: &ModelMetrics) -> Result<Next, GrammarError> {
         let began = Instant::now();
         let next = self.guide.next(&self.output)?;
         if next.mask.is_some() {
             metrics.mask.observe(began.elapsed().as_secs_f64());
         }
+        Ok(next)
+    }
+
+    /// By which rule the next token is chosen, and the one that takes the place of a choice.
+    fn rule(&mut self, metrics: &ModelMetrics) -> Result<(Rule, Option<u32>), EngineError> {
+        let next = self.guided(metrics)?;
+        let rule = match next.forced {
+            Some(_) => Rule::likeliest(), // only whether the logits are numbers
+            None => self.sampler.rule(next.mask, &self.ends),
+        };
+        Ok((rule, next.forced))
+    }
+
+    /// The next token, from logits.
+    fn choose(&mut self, logits: &mut [f32], metrics: &ModelMetrics) -> Result<u32, EngineError> {
+        let next = self.guided(metrics)?;
         let bounds = Bounds {
             forced: next.forced,
             mask: next.mask,

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 pub mod attention;
 pub mod causal_conv;
+pub mod choose;
 pub mod cuda;
 pub mod delta_rule;
 pub mod linear;

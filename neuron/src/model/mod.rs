@@ -9,8 +9,9 @@ pub mod qwen3_5;
 pub use batch::{Batch, LogitRows, Segment};
 
 use crate::gpu::GpuError;
+use crate::kernels::choose::Rule;
 use crate::kernels::rows::{Place, Rows};
-use crate::kernels::{argmax, with_f32};
+use crate::kernels::with_f32;
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
 use crate::parallel::{
@@ -91,18 +92,19 @@ pub trait CausalLm: Send {
         self.forward_probed(batch, states, &mut |_, _| {})
     }
 
-    /// As [`CausalLm::forward`], where of each row of logits nothing is wanted but the largest of the first `allowed` entries:
-    /// which it is, of equals the first, and what it is. Not a number where there is none, or one of them is none.
+    /// As [`CausalLm::forward`], where of each row of logits nothing is wanted but the token that its rule chooses of the first
+    /// `allowed` entries: none where an entry is not a number, or none finite. There is a rule for each row.
     ///
     /// # Errors
     /// As [`CausalLm::forward`].
-    fn forward_best(
+    fn forward_chosen(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
+        rules: &[Rule],
         allowed: usize,
-    ) -> Result<Vec<(u32, f32)>, ModelError> {
-        Ok(bests(&self.forward(batch, states)?, allowed)?)
+    ) -> Result<Vec<Option<u32>>, ModelError> {
+        Ok(chosen(&self.forward(batch, states)?, rules, allowed)?)
     }
 
     /// As [`CausalLm::forward`], showing `probe` what passes by, where it is: what it wants it brings to the host itself.
@@ -139,20 +141,18 @@ pub trait CausalLm: Send {
     }
 }
 
-/// The largest of the first `allowed` of each row of `logits`.
-fn bests(logits: &Tensor, allowed: usize) -> candle_core::Result<Vec<(u32, f32)>> {
+/// [`CausalLm::forward_chosen`] from logits on the host.
+fn chosen(
+    logits: &Tensor,
+    rules: &[Rule],
+    allowed: usize,
+) -> candle_core::Result<Vec<Option<u32>>> {
     let (_, vocab) = logits.dims2()?;
     with_f32(logits, |logits| {
-        let rows = logits.chunks_exact(vocab.max(1));
-        rows.map(|row| best(&row[..allowed.min(vocab)])).collect()
+        let rows = logits.chunks_exact(vocab.max(1)).zip(rules);
+        rows.map(|(row, rule)| rule.choose(&mut row[..allowed.min(vocab)].to_vec()))
+            .collect()
     })
-}
-
-/// The largest of `logits`, as [`CausalLm::forward_best`] has it.
-fn best(logits: &[f32]) -> (u32, f32) {
-    let broken = logits.iter().any(|logit| logit.is_nan());
-    let at = argmax(logits).filter(|_| !broken);
-    at.map_or((0, f32::NAN), |at| (at as u32, logits[at]))
 }
 
 /// What the drafting layer says.

@@ -15,6 +15,7 @@ use crate::engine::admission::AdmissionLimits;
 use crate::engine::metrics::EngineMetrics;
 use crate::engine::{Engine, EngineConfig};
 use crate::gpu::GpuError;
+use crate::kernels::choose::Rule;
 use crate::kernels::rows::Place;
 use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
 use crate::parallel::{self, CollectiveMetrics};
@@ -379,7 +380,8 @@ fn warm_up(model: &dyn CausalLm, rows: usize) -> Result<(), ModelError> {
     let ids = vec![0; rows.min(model.context_length() - 1).max(1)];
     for ids in [&ids[..], &[0]] {
         let batch = Batch::single(ids, LogitRows::Last);
-        model.forward_best(&batch, &mut [&mut state], model.vocab_size())?;
+        let vocab = model.vocab_size();
+        model.forward_chosen(&batch, &mut [&mut state], &[Rule::likeliest()], vocab)?;
     }
     Ok(())
 }

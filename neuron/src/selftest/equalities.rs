@@ -2,6 +2,7 @@
 //! from a saved state = never interrupted, taken back = never guessed.
 
 use crate::kernels::argmax;
+use crate::kernels::choose::{Edit, Pick, Rule};
 use crate::memory::SequenceState;
 use crate::model::{Batch, CausalLm, LogitRows, ModelError};
 
@@ -50,9 +51,9 @@ pub fn compare(model: &dyn CausalLm) -> Result<Vec<Equality>, ModelError> {
         found.push(alone.against(batched, what));
     }
     for (prompt, alone) in prompts.iter().zip(&alone) {
-        let likeliest = likeliest(model, prompt)?;
-        let what = format!("{} tokens, the likeliest chosen by the model", prompt.len());
-        found.push(alone.against(&likeliest, what));
+        for way in [Way::Likeliest, Way::Chance, Way::Filtered, Way::Changed] {
+            found.push(chosen(model, prompt, way)?);
+        }
         for on_host in [false, true] {
             let resumed = resumed(model, prompt, on_host)?;
             let place = if on_host {
@@ -81,9 +82,6 @@ impl Trace {
     fn against(&self, other: &Self, what: String) -> Equality {
         let mut difference = 0f32;
         for (own, other) in self.logits.iter().zip(&other.logits) {
-            // of some only the largest is known
-            let largest = [own[top(own) as usize]];
-            let own = if other.len() == 1 { &largest } else { &own[..] };
             for (a, b) in own.iter().zip(other) {
                 let apart = (a - b).abs();
                 // no number is as far away as can be
@@ -199,25 +197,72 @@ fn together(model: &dyn CausalLm, prompts: &[Vec<u32>]) -> Result<Vec<Trace>, Mo
     Ok(traces)
 }
 
-/// As [`answer`], with the likeliest tokens as the model says them; of the logits only theirs are compared.
-fn likeliest(model: &dyn CausalLm, prompt: &[u32]) -> Result<Trace, ModelError> {
-    let mut state = model.new_state();
-    let mut trace = Trace {
-        tokens: Vec::new(),
-        logits: Vec::new(),
-    };
-    let mut next = prompt.to_vec();
-    while trace.tokens.len() < ANSWER {
-        let batch = Batch::single(&next, LogitRows::Last);
-        let vocab = model.vocab_size();
-        let (token, logit) = model
-            .forward_best(&batch, &mut [&mut state], vocab)?
-            .remove(0);
-        trace.tokens.push(token);
-        trace.logits.push(vec![logit]);
-        next = vec![token];
+/// A kind of rule that tokens are chosen by.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Likeliest,
+    /// Each as often as the model says.
+    Chance,
+    /// Among the likelier ones.
+    Filtered,
+    /// Among those that a mask allows, with changed logits.
+    Changed,
+}
+
+impl Way {
+    /// The rule of the token at `step`, of `entries`.
+    fn rule(self, step: usize, entries: usize) -> Rule {
+        let random = (step as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let pick = match self {
+            Self::Likeliest => Pick::LIKELIEST,
+            Self::Chance => Pick::by_chance(1.5, 0, 1.0, 0.0, random),
+            Self::Filtered => Pick::by_chance(2.0, 50, 0.9, 0.01, random),
+            Self::Changed => Pick::by_chance(3.0, 0, 0.95, 0.0, random),
+        };
+        if !matches!(self, Self::Changed) {
+            return Rule {
+                pick,
+                ..Rule::likeliest()
+            };
+        }
+        let edit = |at: usize| Edit {
+            id: (at * 7 % entries) as u32,
+            divide: 1.0 + at as f32 / 10.0,
+            add: if at == 3 {
+                f32::NEG_INFINITY
+            } else {
+                0.1 * at as f32
+            },
+        };
+        Rule {
+            // as many as steps before have made, so that tables have other sizes
+            edits: (0..(2 * step + 1).min(entries / 7)).map(edit).collect(),
+            mask: Some(vec![0x5a5a_ff0f; entries.div_ceil(40)]), // and nothing behind it
+            pick,
+        }
     }
-    Ok(trace)
+}
+
+/// Tokens that the model chooses, against those that the same rules choose on the host of its logits.
+fn chosen(model: &dyn CausalLm, prompt: &[u32], way: Way) -> Result<Equality, ModelError> {
+    let allowed = model.vocab_size() - 1; // the last is past the tokenizer
+    let (mut state, mut other) = (model.new_state(), model.new_state());
+    let mut next = prompt.to_vec();
+    let mut same_tokens = true;
+    for step in 0..ANSWER {
+        let batch = Batch::single(&next, LogitRows::Last);
+        let rule = way.rule(step, allowed);
+        let mut logits = rows(&model.forward(&batch, &mut [&mut state])?)?.remove(0);
+        let expected = rule.choose(&mut logits[..allowed]);
+        let found = model.forward_chosen(&batch, &mut [&mut other], &[rule], allowed)?;
+        same_tokens &= found == [expected];
+        next = vec![expected.unwrap_or(0)];
+    }
+    Ok(Equality {
+        what: format!("{} tokens, chosen by the model: {way:?}", prompt.len()),
+        difference: 0.0,
+        same_tokens,
+    })
 }
 
 /// Saves the state before the prompt's last token, goes on elsewhere from it, and only then answers from the saved one.

@@ -200,27 +200,10 @@ impl std::fmt::Debug for Grammar {
 pub struct Mask(SimpleVob);
 
 impl Mask {
-    /// Makes the others impossible, in place.
-    pub fn apply(&self, logits: &mut [f32]) {
-        const WORD: usize = u32::BITS as usize;
-        let words = self.0.as_slice();
-        for (word, logits) in words.iter().zip(logits.chunks_mut(WORD)) {
-            // Most words allow nothing, or everything.
-            match *word {
-                u32::MAX => {}
-                0 => logits.fill(f32::NEG_INFINITY),
-                word => {
-                    for (bit, logit) in logits.iter_mut().enumerate() {
-                        if word >> bit & 1 == 0 {
-                            *logit = f32::NEG_INFINITY;
-                        }
-                    }
-                }
-            }
-        }
-        if let Some(past) = logits.get_mut(words.len() * WORD..) {
-            past.fill(f32::NEG_INFINITY);
-        }
+    /// A bit for each token, in words from the lowest up; tokens past the end are not allowed.
+    #[must_use]
+    pub fn into_words(self) -> Vec<u32> {
+        self.0.as_slice().to_vec()
     }
 }
 
@@ -240,14 +223,14 @@ mod tests {
         let mut grammar = grammars().compile(shape).unwrap();
         for id in tiny().encode(text).unwrap() {
             let mut logits = vec![0.0; 512];
-            grammar.mask().unwrap().apply(&mut logits);
+            crate::kernels::choose::forbid(&grammar.mask().unwrap().into_words(), &mut logits);
             if logits[id as usize] != 0.0 {
                 return (false, false);
             }
             grammar.accept(id).unwrap();
         }
         let mut logits = vec![0.0; 512];
-        grammar.mask().unwrap().apply(&mut logits);
+        crate::kernels::choose::forbid(&grammar.mask().unwrap().into_words(), &mut logits);
         (true, logits[EOS as usize] == 0.0)
     }
 
@@ -334,7 +317,7 @@ mod tests {
         // `<|im_start|>` is a special token and, spelt out, also a text that a regex could match.
         let mut grammar = grammars().compile(Shape::Regex("(?s:.*)".into())).unwrap();
         let mut logits = vec![0.0; 520];
-        grammar.mask().unwrap().apply(&mut logits);
+        crate::kernels::choose::forbid(&grammar.mask().unwrap().into_words(), &mut logits);
         let start = tiny().id_of("<|im_start|>").unwrap();
         assert_ne!(logits[start as usize], 0.0);
         assert_ne!(logits[515], 0.0, "past the vocabulary nothing is allowed");

@@ -43,8 +43,8 @@ impl Drop for Recordings {
     }
 }
 
-/// Where a step's tables are, its shape, and the kind of its work.
-type Key = (Address, Shape, Option<usize>);
+/// Where a step's tables are, and its shape.
+type Key = (Address, Shape);
 
 /// A recorded step, and where it leaves its result.
 #[derive(Debug, Clone, Copy)]
@@ -55,16 +55,15 @@ struct Recording {
 }
 
 impl Graphs {
-    /// The numbers that `work` gives for `step`; `kind` tells several works apart. It has to do the same for every step of the
-    /// same shape but for what is in the step's tables, and may not wait for the device.
+    /// The numbers that `work` gives for `step`. It has to do the same for every step of the same shape but for what is in the
+    /// step's tables, and may not wait for the device.
     pub(crate) fn run(
         &self,
         step: &Step,
-        kind: Option<usize>,
         mut work: impl FnMut() -> Result<DeviceRows>,
     ) -> Result<Vec<f32>> {
         let driver = step.gpu().driver();
-        let key = (step.address(), step.shape, kind);
+        let key = (step.address(), step.shape);
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.gpu.get_or_insert_with(|| step.gpu().clone());
         let recording = match held.done.get(&key).copied() {
@@ -117,7 +116,7 @@ mod tests {
         let step = |memory: &StepMemory| {
             let mut batch = batch.clone();
             batch.segments.clear();
-            Step::new(&gpu, memory, &batch, &[], &[]).unwrap()
+            Step::new(&gpu, memory, &batch, &[], &[], None).unwrap()
         };
         let (memory, graphs) = (StepMemory::default(), Graphs::default());
         let input = DeviceRows::of(&gpu, &[2.0, 3.0], 2).unwrap();
@@ -125,7 +124,7 @@ mod tests {
         for round in 0..5u8 {
             input.write(&[f32::from(round), 3.0]).unwrap();
             let mut works = 0;
-            let found = graphs.run(&step(&memory), None, || {
+            let found = graphs.run(&step(&memory), || {
                 works += 1;
                 if round == 1 && works == 1 {
                     gpu.buffer(1)?; // not while it is recorded

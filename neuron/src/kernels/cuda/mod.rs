@@ -21,6 +21,7 @@ use crate::gpu::{Arg, Gpu, GpuError, Launch};
 /// Every module: its name and its PTX.
 pub const MODULES: &[(&str, &str)] = &[
     ("attention", include_str!("attention.ptx")),
+    ("choose", include_str!("choose.ptx")),
     ("conv", include_str!("conv.ptx")),
     ("delta_chunk", include_str!("delta_chunk.ptx")),
     ("delta_rule", include_str!("delta_rule.ptx")),

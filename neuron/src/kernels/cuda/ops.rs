@@ -554,18 +554,33 @@ fn prefill(
     )
 }
 
-/// For each row of `logits` the likeliest of its first `allowed` entries, of equals the first: the bits of the ids in one row,
-/// and what they are in a second.
-pub(crate) fn best(logits: &DeviceRows, allowed: usize) -> Result<DeviceRows> {
+/// For each row of `logits`, which are changed, the token that its rule of the step chooses: the bits of the ids in one row, all of
+/// them set for none.
+pub(crate) fn choose(logits: &DeviceRows, step: &Step) -> Result<DeviceRows> {
     let gpu = logits.gpu();
-    let found = DeviceRows::new(gpu, 2, logits.count())?;
+    let choices = step.shape.choices;
+    assert_eq!(choices.rules, logits.count(), "a rule for each row");
+    let allowed = choices.allowed.min(logits.width());
     let args = [
         logits.arg(),
         int(logits.width()),
-        int(allowed.min(logits.width())),
-        Arg::Address(found.row(0)),
-        Arg::Address(found.row(1)),
+        step.edits(),
+        int(choices.edits),
+        int(logits.count()),
+        int(allowed),
     ];
-    launch(gpu, "argmax", [logits.count(), 1, 1], 1024, &args)?;
+    let blocks = choices.edits.div_ceil(BLOCK as usize);
+    launch(gpu, "edit_logits", [blocks, 1, 1], BLOCK, &args)?;
+    let found = DeviceRows::new(gpu, 1, logits.count())?;
+    let args = [
+        logits.arg(),
+        int(logits.width()),
+        int(allowed),
+        step.picks(),
+        step.masks(),
+        int(choices.mask_words()),
+        found.arg(),
+    ];
+    launch(gpu, "choose", [logits.count(), 1, 1], 1024, &args)?;
     Ok(found)
 }

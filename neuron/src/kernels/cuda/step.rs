@@ -1,6 +1,7 @@
 //! What kernels have to know of a step beside the numbers: where each sequence's rows, state, keys and values are.
 
 use crate::gpu::{Address, Arg, Buffer, Gpu, GpuError};
+use crate::kernels::choose::{Pick, Rule};
 use crate::memory::SequenceState;
 use crate::memory::pool::{BLOCK, KvShape};
 use crate::model::Batch;
@@ -32,6 +33,41 @@ pub(crate) struct Shape {
     pub(crate) wanted: usize,
     /// Blocks of keys and values there is room for in a sequence's table: a power of two.
     pub(crate) table_width: usize,
+    /// How much there is to choose tokens by; nothing where logits are wanted.
+    pub(crate) choices: Choices,
+}
+
+/// Sizes of the tables that tokens are chosen by.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Choices {
+    /// Entries of a row of logits that may be chosen.
+    pub(crate) allowed: usize,
+    /// Rules, one for each row of logits.
+    pub(crate) rules: usize,
+    /// Edits of logits there is room for: none, or a power of two.
+    pub(crate) edits: usize,
+    /// The same of masks.
+    pub(crate) masks: usize,
+}
+
+impl Choices {
+    fn of(rules: &[Rule], allowed: usize) -> Self {
+        let room = |count: usize| match count {
+            0 => 0,
+            count => count.next_power_of_two(),
+        };
+        Self {
+            allowed,
+            rules: rules.len(),
+            edits: room(rules.iter().map(|rule| rule.edits.len()).sum()),
+            masks: room(rules.iter().filter(|rule| rule.mask.is_some()).count()),
+        }
+    }
+
+    /// Words of a mask.
+    pub(crate) fn mask_words(&self) -> usize {
+        self.allowed.div_ceil(u32::BITS as usize)
+    }
 }
 
 /// Where tables begin in the buffer.
@@ -39,33 +75,45 @@ pub(crate) struct Shape {
 struct Places {
     trails: usize,
     blocks: usize,
+    picks: usize,
     starts: usize,
     row_segment: usize,
     positions: usize,
     ids: usize,
     wanted: usize,
+    edits: usize,
+    masks: usize,
     end: usize,
 }
+
+/// Words of an edit: row, id, divide, add.
+const EDIT: usize = 4;
 
 impl Shape {
     fn places(&self) -> Places {
         let (long, short) = (size_of::<u64>(), size_of::<u32>());
         let trails = self.segments * long;
         let blocks = trails + self.segments * long;
-        let starts = blocks + self.segments * self.table_width * long;
+        let picks = blocks + self.segments * self.table_width * long;
+        let starts = picks + self.choices.rules * size_of::<Pick>();
         let row_segment = starts + (self.segments + 1) * short;
         let positions = row_segment + self.rows * short;
         let ids = positions + self.rows * short;
         let wanted = ids + self.rows * short;
+        let edits = wanted + self.wanted * short;
+        let masks = edits + self.choices.edits * EDIT * short;
         Places {
             trails,
             blocks,
+            picks,
             starts,
             row_segment,
             positions,
             ids,
             wanted,
-            end: wanted + self.wanted * short,
+            edits,
+            masks,
+            end: masks + self.choices.masks * self.choices.mask_words() * short,
         }
     }
 }
@@ -91,14 +139,17 @@ impl StepMemory {
 }
 
 impl Step {
-    /// Writes the tables of `batch`, whose sequences have seen `starts` tokens each and have room for the new ones.
+    /// Writes the tables of `batch`, whose sequences have seen `starts` tokens each and have room for the new ones. Where tokens
+    /// are to be chosen there is a rule for each row that needs logits, of which so many first entries are allowed.
     pub(crate) fn new(
         gpu: &Gpu,
         memory: &StepMemory,
         batch: &Batch,
         starts: &[usize],
         states: &[&mut SequenceState],
+        rules: Option<(&[Rule], usize)>,
     ) -> Result<Self, GpuError> {
+        let (rules, allowed) = rules.unwrap_or_default();
         let segments = &batch.segments;
         let tables = segments.iter().map(|segment| {
             let seen = starts[segment.state] + segment.rows.len();
@@ -110,6 +161,7 @@ impl Step {
             segments: segments.len(),
             wanted: wanted.len(),
             table_width: tables.max().unwrap_or(0).max(1).next_power_of_two(),
+            choices: Choices::of(rules, allowed),
         };
         let places = shape.places();
         let mut longs: Vec<u64> = Vec::with_capacity(places.starts / 8);
@@ -127,6 +179,16 @@ impl Step {
             longs.extend(blocks.take(shape.table_width).map(|block| block.address()));
             longs.resize(end, 0);
         }
+        let masks = rules.iter().filter_map(|rule| rule.mask.as_ref());
+        let mut numbered = 0..;
+        for rule in rules {
+            let mask = rule.mask.as_ref().and_then(|_| numbered.next());
+            let pick = Pick {
+                mask: mask.unwrap_or(-1),
+                ..rule.pick
+            };
+            longs.extend(bytemuck::cast::<Pick, [u64; size_of::<Pick>() / 8]>(pick));
+        }
         let mut shorts: Vec<u32> = Vec::with_capacity((places.end - places.starts) / 4);
         let short = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
         shorts.push(0);
@@ -140,6 +202,25 @@ impl Step {
         }
         shorts.extend(&batch.ids);
         shorts.extend(wanted);
+        for (row, rule) in rules.iter().enumerate() {
+            for edit in &rule.edits {
+                shorts.extend([
+                    short(row),
+                    edit.id,
+                    edit.divide.to_bits(),
+                    edit.add.to_bits(),
+                ]);
+            }
+        }
+        // what is left of the table is of no row
+        shorts.resize((places.masks - places.starts) / size_of::<u32>(), u32::MAX);
+        let words = shape.choices.mask_words();
+        for mask in masks {
+            let end = shorts.len() + words;
+            shorts.extend(mask.iter().take(words));
+            shorts.resize(end, 0);
+        }
+        shorts.resize((places.end - places.starts) / size_of::<u32>(), 0);
         let buffer = memory.at_least(gpu, places.end)?;
         let bytes = [
             bytemuck::cast_slice::<u64, u8>(&longs),
@@ -223,6 +304,21 @@ impl Step {
     /// The rows that need logits.
     pub(super) fn wanted(&self) -> Arg {
         self.at(self.places.wanted)
+    }
+
+    /// How the token of each row of logits is chosen.
+    pub(super) fn picks(&self) -> Arg {
+        self.at(self.places.picks)
+    }
+
+    /// The changes of logits.
+    pub(super) fn edits(&self) -> Arg {
+        self.at(self.places.edits)
+    }
+
+    /// The masks of tokens.
+    pub(super) fn masks(&self) -> Arg {
+        self.at(self.places.masks)
     }
 
     /// Tokens there is room for in the longest sequence's table.

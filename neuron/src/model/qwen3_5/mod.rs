@@ -4,9 +4,10 @@ use super::layers::embedding::{ParallelLmHead, VocabParallelEmbedding};
 use super::layers::norm::RmsNorm;
 use super::{
     Batch, CausalLm, Drafted, LoadError, LoadOptions, LogitRows, ModelError, Probe, Seen, Segment,
-    bests,
+    chosen,
 };
 use crate::gpu::GpuError;
+use crate::kernels::choose::Rule;
 use crate::kernels::cuda::graphs::{self, Graphs};
 use crate::kernels::cuda::step::StepMemory;
 use crate::kernels::cuda::{Step, ops};
@@ -209,7 +210,7 @@ impl Qwen3_5ForCausalLm {
         for segment in &batch.segments {
             states[segment.state].make_room_for_drafts(segment.rows.len())?;
         }
-        let step = self.step(batch, &starts, states)?;
+        let step = self.step(batch, &starts, states, None)?;
         let mut pass = Pass {
             batch,
             states,
@@ -250,13 +251,14 @@ impl Qwen3_5ForCausalLm {
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
+        rules: Option<(&[Rule], usize)>,
     ) -> std::result::Result<(Vec<usize>, Option<Step>), ModelError> {
         let starts: Vec<usize> = states.iter().map(|state| state.len).collect();
         for segment in &batch.segments {
             states[segment.state].make_room(segment.rows.len())?;
         }
         Self::begin_trails(batch, states)?;
-        let step = self.step(batch, &starts, states)?;
+        let step = self.step(batch, &starts, states, rules)?;
         Ok((starts, step))
     }
 
@@ -267,7 +269,7 @@ impl Qwen3_5ForCausalLm {
         states: &mut [&mut SequenceState],
         probe: Option<&mut Probe<'_>>,
     ) -> std::result::Result<Tensor, ModelError> {
-        let (starts, step) = self.begin(batch, states)?;
+        let (starts, step) = self.begin(batch, states, None)?;
         let mut pass = Pass {
             batch,
             states,
@@ -278,14 +280,13 @@ impl Qwen3_5ForCausalLm {
         Ok(in_pool(&*self.communicator, || self.run(&mut pass))?)
     }
 
-    /// A step of a model that is whole on a device, without probes: the logits, or what [`CausalLm::forward_best`] gives of the
-    /// first `best` entries, as [`ops::best`] has it.
+    /// A step of a model that is whole on a device, without probes: the logits, or where the step has rules the tokens, as
+    /// [`ops::choose`] has them.
     fn forward_on_device(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
         step: Step,
-        best: Option<usize>,
     ) -> std::result::Result<Vec<f32>, ModelError> {
         let mut pass = Pass {
             batch,
@@ -296,14 +297,14 @@ impl Qwen3_5ForCausalLm {
         };
         let mut work = || {
             let wanted = self.last_rows(&mut pass)?;
-            match (self.lm_head.project(&wanted)?, best) {
-                (Rows::Device(logits), None) => Ok(logits),
-                (Rows::Device(logits), Some(allowed)) => Ok(ops::best(&logits, allowed)?),
-                (Rows::Host(_), _) => candle_core::bail!("the head is on the device"),
+            match self.lm_head.project(&wanted)? {
+                Rows::Device(logits) if step.shape.choices.rules == 0 => Ok(logits),
+                Rows::Device(logits) => Ok(ops::choose(&logits, &step)?),
+                Rows::Host(_) => candle_core::bail!("the head is on the device"),
             }
         };
         let found = if self.is_recorded(batch) {
-            self.graphs.run(&step, best, work)?
+            self.graphs.run(&step, work)?
         } else {
             work()?.numbers()?
         };
@@ -319,9 +320,10 @@ impl Qwen3_5ForCausalLm {
         batch: &Batch,
         starts: &[usize],
         states: &[&mut SequenceState],
+        rules: Option<(&[Rule], usize)>,
     ) -> std::result::Result<Option<Step>, GpuError> {
         let gpu = self.place.gpu();
-        gpu.map(|gpu| Step::new(gpu, &self.step_memory, batch, starts, states))
+        gpu.map(|gpu| Step::new(gpu, &self.step_memory, batch, starts, states, rules))
             .transpose()
     }
 
@@ -418,33 +420,30 @@ impl CausalLm for Qwen3_5ForCausalLm {
         if !self.is_whole_on_device(batch) {
             return self.forward_shown(batch, states, None);
         }
-        let (_, step) = self.begin(batch, states)?;
+        let (_, step) = self.begin(batch, states, None)?;
         let step = step.expect("a model on a device has tables");
-        let logits = self.forward_on_device(batch, states, step, None)?;
+        let logits = self.forward_on_device(batch, states, step)?;
         let shape = (batch.logit_rows().len(), self.config.vocab_size);
         Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
     }
 
-    fn forward_best(
+    fn forward_chosen(
         &self,
         batch: &Batch,
         states: &mut [&mut SequenceState],
+        rules: &[Rule],
         allowed: usize,
-    ) -> std::result::Result<Vec<(u32, f32)>, ModelError> {
+    ) -> std::result::Result<Vec<Option<u32>>, ModelError> {
+        const NONE: u32 = u32::MAX;
         if !self.is_whole_on_device(batch) {
-            return self
-                .forward(batch, states)
-                .and_then(|logits| Ok(bests(&logits, allowed)?));
+            let logits = self.forward(batch, states)?;
+            return Ok(chosen(&logits, rules, allowed)?);
         }
-        let (_, step) = self.begin(batch, states)?;
+        let (_, step) = self.begin(batch, states, Some((rules, allowed)))?;
         let step = step.expect("a model on a device has tables");
-        let found = self.forward_on_device(batch, states, step, Some(allowed))?;
-        let (ids, best) = found.split_at(found.len() / 2);
-        let pairs = ids.iter().zip(best);
-        let number = |best: f32| if best.is_finite() { best } else { f32::NAN };
-        Ok(pairs
-            .map(|(id, best)| (id.to_bits(), number(*best)))
-            .collect())
+        let ids = self.forward_on_device(batch, states, step)?;
+        let ids = ids.into_iter().map(f32::to_bits);
+        Ok(ids.map(|id| Some(id).filter(|id| *id != NONE)).collect())
     }
 
     fn forward_probed(

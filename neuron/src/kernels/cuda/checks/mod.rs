@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // a broken expectation is a failed check
 
 mod attention;
+mod choose;
 mod matrix;
 
 use crate::gpu::{Address, Arg, Buffer, Gpu, Launch};
@@ -21,7 +22,10 @@ pub(crate) const ALL: &[(&str, Check)] = &[
         "rows are gathered and scattered",
         rows_are_gathered_and_scattered,
     ),
-    ("the first of the largest", the_first_of_the_largest),
+    (
+        "tokens are those of the host",
+        choose::tokens_are_those_of_the_host,
+    ),
     (
         "a convolution goes on over every split of the rows",
         a_convolution_goes_on_over_every_split_of_the_rows,
@@ -348,43 +352,6 @@ pub(super) fn rows_are_gathered_and_scattered(device: &Device) {
         }
     }
     assert!(worst(&device.get(sum, rows * width), &expected) < 1e-6);
-}
-
-pub(super) fn the_first_of_the_largest(device: &Device) {
-    // in loads of 16 bytes and without, and rows that leave threads without work
-    for (width, block) in [(10, 64), (1023, 128), (4096, 96), (20_000, 1024)] {
-        let mut rows: Vec<Vec<f32>> = (0..6).map(|seed| numbers(seed, width)).collect();
-        for at in [width / 3, width / 2, width - 1] {
-            rows[1][at] = 2.0;
-        }
-        rows[2].fill(f32::NEG_INFINITY);
-        rows[3][width - 1] = 3.0;
-        rows[4][0] = f32::NAN;
-        rows[5].fill(-7.0);
-        rows.iter_mut().for_each(|row| row.extend([9.0; 3])); // what is behind the width does not count
-        let (ids, best) = (device.room(rows.len()), device.room(rows.len()));
-        let logits = device.put(&rows.concat());
-        device.run(
-            "argmax",
-            [rows.len(), 1, 1],
-            block,
-            &[
-                Arg::Address(logits),
-                Arg::Int(rows[0].len() as i32),
-                Arg::Int(width as i32),
-                Arg::Address(ids),
-                Arg::Address(best),
-            ],
-        );
-        let (ids, best): (Vec<u32>, Vec<f32>) =
-            (device.get(ids, rows.len()), device.get(best, rows.len()));
-        for (row, (id, best)) in rows.iter().zip(ids.into_iter().zip(best)) {
-            let row = &row[..width];
-            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let first = row.iter().position(|x| *x == largest);
-            assert_eq!((Some(id as usize), best), (first, largest), "width {width}");
-        }
-    }
 }
 
 /// A sequence whose rows come in steps.
