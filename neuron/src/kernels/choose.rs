@@ -6,7 +6,7 @@
 //! weight, and `min_p` those not too far; what is as far as the last that is kept is kept as well. Among what is left a random
 //! number decides by weight.
 
-use super::{argmax, exp, vectorised};
+use super::{exp, vectorised};
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
@@ -158,6 +158,9 @@ pub(crate) fn forbid(words: &[u32], logits: &mut [f32]) {
     }
 }
 
+/// Tokens that are looked at together: most such pieces hold none that is near the peak.
+const PIECE: usize = 256;
+
 /// Logits seen from their peak.
 struct Row<'a> {
     logits: &'a [f32],
@@ -165,42 +168,101 @@ struct Row<'a> {
     scale: f32,
 }
 
-impl Row<'_> {
+/// What some tokens of a piece weigh, and what is compared of their distances.
+struct Weighed {
+    weights: [u64; PIECE],
+    keys: [f32; PIECE],
+}
+
+impl<'a> Row<'a> {
     #[inline(always)]
     fn distance(&self, logit: f32) -> f32 {
         (self.peak - logit) * self.scale
     }
 
-    /// What is compared of its distance.
     #[inline(always)]
     fn key(&self, logit: f32) -> f32 {
         (self.distance(logit) * FINE).trunc()
     }
 
-    #[inline(always)]
-    fn weight(&self, logit: f32) -> u64 {
-        (exp(-self.distance(logit)) * WEIGHT) as u64
+    /// The pieces that may have tokens up to `limit` that weigh something, each with the id of its first.
+    fn pieces(&self, limit: f32) -> impl Iterator<Item = (usize, &'a [f32])> {
+        /// From here on a token weighs nothing.
+        const FAR: f32 = 28.0;
+        let pieces = self.logits.chunks(PIECE).enumerate();
+        let near = pieces.filter(move |(_, piece)| {
+            let top = largest(piece);
+            self.distance(top) < FAR && self.key(top) <= limit
+        });
+        near.map(|(at, piece)| (at * PIECE, piece))
     }
+
+    /// Weights of those up to `limit`, 0 for the others.
+    fn weigh(&self, piece: &[f32], limit: f32) -> Weighed {
+        let (mut weights, mut keys) = ([0.0f32; PIECE], [f32::INFINITY; PIECE]);
+        vectorised(
+            #[inline(always)]
+            || {
+                for ((weight, key), logit) in weights.iter_mut().zip(&mut keys).zip(piece) {
+                    let distance = self.distance(*logit);
+                    *key = (distance * FINE).trunc();
+                    *weight = if *key <= limit {
+                        exp(-distance) * WEIGHT
+                    } else {
+                        0.0
+                    };
+                }
+            },
+        );
+        Weighed {
+            weights: weights.map(|weight| weight as u64),
+            keys,
+        }
+    }
+}
+
+/// The largest of some logits, none of which is not a number.
+fn largest(logits: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    vectorised(
+        #[inline(always)]
+        || {
+            let mut tops = [f32::NEG_INFINITY; LANES];
+            let (whole, rest) = logits.as_chunks::<LANES>();
+            for logits in whole {
+                for (top, logit) in tops.iter_mut().zip(logits) {
+                    *top = if *logit > *top { *logit } else { *top };
+                }
+            }
+            tops.iter()
+                .chain(rest)
+                .copied()
+                .fold(f32::NEG_INFINITY, f32::max)
+        },
+    )
 }
 
 /// The choice among `logits`, none of which is infinite or no number but for those that are impossible.
 fn pick(logits: &[f32], pick: &Pick) -> Option<u32> {
-    let best = argmax(logits)?;
+    let peak = largest(logits);
+    if peak == f32::NEG_INFINITY {
+        return None;
+    }
     if pick.is_likeliest() {
-        return Some(best as u32);
+        let best = logits.iter().position(|logit| *logit == peak);
+        return best.map(|best| best as u32);
     }
     let row = Row {
         logits,
-        peak: logits[best],
+        peak,
         scale: pick.scale,
     };
     let mut limit = f32::INFINITY;
     let most = pick.top_k as usize;
     if most > 0 && most < logits.len() {
         // the last of the k likeliest
-        limit = top(logits, most)
-            .peek()
-            .map_or(limit, |last| row.key(last.0.logit));
+        let last = top(logits, most).peek().map(|last| row.key(last.0.logit));
+        limit = last.unwrap_or(limit);
     }
     if pick.top_p > 0 {
         limit = limit_of_share(&row, pick.top_p, limit);
@@ -210,22 +272,35 @@ fn pick(logits: &[f32], pick: &Pick) -> Option<u32> {
 
 /// The key up to which the likeliest have this share of the weight of all up to `limit`.
 fn limit_of_share(row: &Row<'_>, share: u64, limit: f32) -> f32 {
-    /// From here on a token weighs nothing.
-    const FAR: f32 = 28.0;
-    let near = ranked(row.logits).filter(|one| row.distance(one.logit) < FAR);
-    let weighed = near.filter(|one| row.key(one.logit) <= limit);
-    // a heap gives the likeliest first at the price of those taken: most answers need a few dozen of 250,000
-    let mut likeliest: BinaryHeap<Ranked> = weighed.collect();
-    let all: u64 = likeliest.iter().map(|one| row.weight(one.logit)).sum();
-    let wanted = part_of(all, share).max(1);
-    let (mut covered, mut limit) = (0, limit);
-    while covered < wanted
-        && let Some(next) = likeliest.pop()
-    {
-        covered += row.weight(next.logit);
-        limit = row.key(next.logit);
+    /// Keys that are told apart only where it matters: what weighs something has 31 bits of them at the most.
+    const BINS: usize = 1 << 11;
+    let bin = |key: f32| (key as u32 >> 20) as usize;
+    let mut bins = [0u64; BINS];
+    let mut near = Vec::new();
+    for (_, piece) in row.pieces(limit) {
+        let Weighed { weights, keys } = row.weigh(piece, limit);
+        for (weight, key) in weights.into_iter().zip(keys).filter(|one| one.0 > 0) {
+            bins[bin(key)] += weight;
+            near.push((key, weight));
+        }
     }
-    limit
+    let mut left = part_of(bins.iter().sum(), share).max(1);
+    for (at, sum) in bins.into_iter().enumerate() {
+        if sum < left {
+            left -= sum;
+            continue;
+        }
+        near.retain(|(key, _)| bin(*key) == at);
+        near.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        for (key, weight) in near {
+            if weight >= left {
+                return key;
+            }
+            left -= weight;
+        }
+        break;
+    }
+    limit // a share is less than all
 }
 
 /// `all` times a share in 2⁻⁶⁴, without what is behind the point.
@@ -235,33 +310,18 @@ fn part_of(all: u64, share: u64) -> u64 {
 
 /// The token in which the running sum of the weights, of those up to `limit`, passes the point that `random` draws.
 fn draw(row: &Row<'_>, limit: f32, random: u64) -> Option<u32> {
-    /// Tokens whose weights are summed together first.
-    const PIECE: usize = 256;
-    let weights = |logits: &[f32]| {
-        let mut weights = [0.0f32; PIECE];
-        vectorised(
-            #[inline(always)]
-            || {
-                for (weight, logit) in weights.iter_mut().zip(logits) {
-                    let distance = row.distance(*logit);
-                    let kept = (distance * FINE).trunc() <= limit;
-                    *weight = if kept { exp(-distance) * WEIGHT } else { 0.0 };
-                }
-            },
-        );
-        weights.map(|weight| weight as u64)
-    };
-    let pieces = row.logits.chunks(PIECE);
-    let sums: Vec<u64> = pieces.map(|piece| weights(piece).iter().sum()).collect();
-    let mut left = part_of(sums.iter().sum(), random);
-    for (piece, sum) in sums.into_iter().enumerate() {
+    let weights = |piece| row.weigh(piece, limit).weights;
+    let pieces = row.pieces(limit);
+    let sums: Vec<(usize, &[f32], u64)> = pieces
+        .map(|(first, piece)| (first, piece, weights(piece).iter().sum()))
+        .collect();
+    let mut left = part_of(sums.iter().map(|(_, _, sum)| sum).sum(), random);
+    for (first, piece, sum) in sums {
         if sum <= left {
             left -= sum;
             continue;
         }
-        let first = piece * PIECE;
-        let end = row.logits.len().min(first + PIECE);
-        for (at, weight) in weights(&row.logits[first..end]).into_iter().enumerate() {
+        for (at, weight) in weights(piece).into_iter().enumerate() {
             if weight > left {
                 return Some((first + at) as u32);
             }
@@ -278,20 +338,22 @@ pub(crate) struct Ranked {
     pub(crate) id: usize,
 }
 
-pub(crate) fn ranked(logits: &[f32]) -> impl Iterator<Item = Ranked> {
-    let logits = logits.iter().enumerate();
-    logits.map(|(id, &logit)| Ranked { logit, id })
-}
-
 /// The `k` likeliest, the last of them on top.
 pub(crate) fn top(logits: &[f32], k: usize) -> BinaryHeap<Reverse<Ranked>> {
     let mut kept: BinaryHeap<Reverse<Ranked>> = BinaryHeap::new();
-    for next in ranked(logits) {
-        if kept.len() < k {
-            kept.push(Reverse(next));
-        } else if kept.peek().is_some_and(|least| next > least.0) {
-            kept.pop();
-            kept.push(Reverse(next));
+    for (at, piece) in logits.chunks(PIECE).enumerate() {
+        let least = kept.peek().map(|least| least.0.logit);
+        if kept.len() == k && least.is_none_or(|least| largest(piece) <= least) {
+            continue; // those that come first win of equals
+        }
+        for (id, &logit) in (at * PIECE..).zip(piece) {
+            let next = Ranked { logit, id };
+            if kept.len() < k {
+                kept.push(Reverse(next));
+            } else if kept.peek().is_some_and(|least| next > least.0) {
+                kept.pop();
+                kept.push(Reverse(next));
+            }
         }
     }
     kept
