@@ -218,10 +218,13 @@ fn tokenizer_and_template_of_a_gguf_file_are_those_of_the_folder() {
     for folder in [fixture("qwen3_5_text"), demo()] {
         let (_place, file) = converted(&folder, GgmlDType::BF16);
         let mut options = LoadOptions::cpu();
-        preflight::check(&file, &options, 1, Some(1 << 30)).unwrap();
-        preflight::check(&file, &options, 2, Some(1 << 30)).unwrap();
+        let whole = preflight::weigh(&file, &options, 1).unwrap();
+        preflight::check_weights(&file, whole[0], Some(1 << 30)).unwrap();
+        assert_eq!(preflight::weigh(&file, &options, 2).unwrap().len(), 2);
         options.quant = Some(Format::Q8_0);
-        preflight::check(&file, &options, 1, Some(1000)).unwrap_err();
+        let rounded = preflight::weigh(&file, &options, 1).unwrap();
+        assert!(rounded[0] < whole[0]);
+        preflight::check_weights(&file, rounded[0], Some(1000)).unwrap_err();
         let (wanted, found) = (
             ModelText::load(&folder).unwrap(),
             ModelText::load(&file).unwrap(),

@@ -172,6 +172,9 @@ pub struct ModelStatus {
     /// Devices that hold it.
     #[serde(default)]
     pub devices: Vec<String>,
+    /// The ranks it is shared among, in their order, one where it is whole; none before it is loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranks: Vec<RankStatus>,
     /// Bytes it holds on them: weights and state.
     #[serde(default)]
     pub memory_bytes: u64,
@@ -187,6 +190,45 @@ pub struct ModelStatus {
     /// Unix seconds since which it has been in this state.
     #[serde(default)]
     pub since: u64,
+}
+
+/// One rank of a model on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankStatus {
+    /// Its number, from 0.
+    pub rank: u32,
+    /// Where it stands.
+    pub state: RankState,
+    /// The device it is on; ranks on a CPU share it.
+    #[serde(default)]
+    pub device: String,
+    /// Bytes of weights it holds.
+    #[serde(default)]
+    pub weight_bytes: u64,
+}
+
+/// Where a rank of a model stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RankState {
+    /// It computes.
+    Loaded,
+    /// It is what the model failed by. Holds no memory.
+    Failed,
+    /// It was well, and ended with the model. Holds no memory.
+    Ended,
+}
+
+impl RankState {
+    /// The word used on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Loaded => "loaded",
+            Self::Failed => "failed",
+            Self::Ended => "ended",
+        }
+    }
 }
 
 /// The reply of `GET /models`.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use filters::route::Endpoint;
 use http::Method;
+use protocol::node::{ModelStatus, RankState};
 use std::fmt::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -88,8 +89,18 @@ fn table(status: &Status) -> String {
         ]
     }));
     align(&mut text, &rows);
-    let mut rows =
-        vec![["MODEL", "STATE", "NODE", "IN FLIGHT", "MEMORY", "CONTEXT"].map(String::from)];
+    let mut rows = vec![
+        [
+            "MODEL",
+            "STATE",
+            "NODE",
+            "IN FLIGHT",
+            "MEMORY",
+            "CONTEXT",
+            "RANKS (WEIGHTS)",
+        ]
+        .map(String::from),
+    ];
     for node in &status.nodes {
         rows.extend(node.models.iter().map(|model| {
             [
@@ -99,6 +110,7 @@ fn table(status: &Status) -> String {
                 model.in_flight.to_string(),
                 size(model.memory_bytes),
                 model.context_length.to_string(),
+                ranks(model),
             ]
         }));
     }
@@ -114,6 +126,20 @@ fn table(status: &Status) -> String {
         }
     }
     text
+}
+
+/// What each rank holds and where, of a model that is shared among several.
+fn ranks(model: &ModelStatus) -> String {
+    if model.ranks.len() < 2 {
+        return String::new();
+    }
+    let ranks = model.ranks.iter().map(|rank| match rank.state {
+        RankState::Loaded => format!("{} {}", rank.device, size(rank.weight_bytes)),
+        RankState::Failed | RankState::Ended => {
+            format!("{} {}", rank.device, rank.state.as_str())
+        }
+    });
+    ranks.collect::<Vec<_>>().join(", ")
 }
 
 fn devices(node: &NodeStatus) -> String {
@@ -165,7 +191,16 @@ mod tests {
                     "name": "big", "address": "10.0.0.5:13131", "health": "up", "reason": null, "version": "0.1.0",
                     "in_flight": 3,
                     "devices": [{"id": "cpu", "name": "EPYC", "total_bytes": 17179869184u64, "free_bytes": 8589934592u64}],
-                    "models": [{"id": "demo", "state": "loaded", "memory_bytes": 1048576, "context_length": 4096, "in_flight": 3}],
+                    "models": [
+                        {"id": "demo", "state": "loaded", "memory_bytes": 1048576, "context_length": 4096, "in_flight": 3,
+                         "ranks": [{"rank": 0, "state": "loaded", "device": "cpu", "weight_bytes": 1048576}]},
+                        {"id": "shared", "state": "loaded", "memory_bytes": 2097152, "context_length": 4096,
+                         "ranks": [{"rank": 0, "state": "loaded", "device": "cuda:0", "weight_bytes": 1048576},
+                                   {"rank": 1, "state": "loaded", "device": "cuda:1", "weight_bytes": 1048576}]},
+                        {"id": "broken", "state": "failed",
+                         "ranks": [{"rank": 0, "state": "ended", "device": "cuda:2", "weight_bytes": 0},
+                                   {"rank": 1, "state": "failed", "device": "cuda:3", "weight_bytes": 0}]},
+                    ],
                 },
                 {
                     "name": "small", "address": null, "health": "down", "reason": "no answer within 2000 ms",
@@ -181,8 +216,10 @@ NODE   HEALTH  ADDRESS         IN FLIGHT  DEVICES (FREE OF TOTAL)
 big    up      10.0.0.5:13131  3          cpu 8.0 GiB of 16.0 GiB
 small  down    ?               0
 
-MODEL  STATE   NODE  IN FLIGHT  MEMORY   CONTEXT
-demo   loaded  big   3          1.0 MiB  4096
+MODEL   STATE   NODE  IN FLIGHT  MEMORY   CONTEXT  RANKS (WEIGHTS)
+demo    loaded  big   3          1.0 MiB  4096
+shared  loaded  big   0          2.0 MiB  4096     cuda:0 1.0 MiB, cuda:1 1.0 MiB
+broken  failed  big   0          0 B      0        cuda:2 ended, cuda:3 failed
 
 small: no answer within 2000 ms
 ";

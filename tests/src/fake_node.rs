@@ -276,6 +276,7 @@ fn status(id: &str, state: ModelState, bytes: u64) -> ModelStatus {
         reason: None,
         source: format!("/models/{id}"),
         devices: vec!["cpu".into()],
+        ranks: Vec::new(),
         memory_bytes: bytes,
         context_length: 4096,
         capabilities: vec!["chat".into(), "completions".into()],

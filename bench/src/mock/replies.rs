@@ -259,6 +259,7 @@ fn model_status() -> ModelStatus {
         reason: None,
         source: MODEL.into(),
         devices: vec!["cpu".into()],
+        ranks: Vec::new(),
         memory_bytes: MEMORY,
         context_length: CONTEXT,
         capabilities: Vec::new(),

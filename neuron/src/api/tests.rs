@@ -3,7 +3,7 @@
 use super::*;
 use crate::config::Config;
 use crate::engine::fake::{FakeModel, Gate, Script};
-use crate::residency::Loader;
+use crate::residency::{Hands, Loader};
 use crate::text::tokenizer::tests::{fixture, tiny};
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, StatusCode, header};
@@ -25,9 +25,14 @@ async fn api_with(model: FakeModel, change: impl FnOnce(&mut Config)) -> Api {
     change(&mut config);
     let registry = Registry::new();
     let once = Mutex::new(Some(model));
-    let loader: Box<Loader> =
+    let load: Box<Loader> =
         Box::new(move |_, _, _, _| Ok(Box::new(once.lock().unwrap().take().expect("one load"))));
-    let residency = Residency::with_loader(&config, &registry, loader, Arc::new(|_| None));
+    let hands = Hands {
+        free: Arc::new(|devices: &[String]| vec![None; devices.len()]),
+        load,
+        ..Hands::of_host()
+    };
+    let residency = Residency::with_hands(&config, &registry, hands);
     let wanted = LoadModel {
         id: "org/m".into(),
         source: fixture().to_str().unwrap().into(),

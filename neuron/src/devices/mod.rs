@@ -122,17 +122,18 @@ pub fn log() {
     );
 }
 
-/// Bytes free on all of `ids` together, of which each takes an equal share; none when the system does not tell.
+/// Bytes free on each of `ids`; none where the system does not tell.
 #[must_use]
-pub fn free_bytes(ids: &[String]) -> Option<u64> {
+pub fn free_bytes(ids: &[String]) -> Vec<Option<u64>> {
     if ids.iter().all(|id| id == CPU) {
-        return cpu::memory().map(|memory| memory.free);
+        let free = cpu::memory().map(|memory| memory.free);
+        return vec![free; ids.len()];
     }
     let here = inventory();
     let of = |id: &String| here.iter().find(|device| device.id == *id);
-    let free = ids.iter().map(|id| of(id).map(|device| device.free_bytes));
-    let least = free.collect::<Option<Vec<u64>>>()?.into_iter().min()?;
-    Some(least.saturating_mul(ids.len() as u64))
+    ids.iter()
+        .map(|id| of(id).map(|device| device.free_bytes))
+        .collect()
 }
 
 /// What this build and host can do, whose devices are `here`, for `GET /discovery`.
@@ -237,8 +238,9 @@ mod tests {
         assert_eq!(chosen(&["cpu"], 4), ["cpu"]);
         let cpu = vec![device("cpu", true)];
         assert_eq!(choose_among(cpu, &[], 1), ["cpu"]);
-        assert!(free_bytes(&ids(&["cpu"])).is_some());
-        assert_eq!(free_bytes(&ids(&["cuda:77"])), None);
+        let free = free_bytes(&ids(&["cuda:77", "cpu"]));
+        assert!(matches!(free[..], [None, Some(_)]), "{free:?}");
+        assert_eq!(free_bytes(&ids(&["cpu"])).len(), 1);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 /// With so many sequences writing, a step has enough to do without guesses.
 const BUSY: usize = 8;
+/// Sequences of a step that may have guesses.
+pub(crate) const MOST_GUESSED: usize = BUSY - 1;
 /// Weight of one step in the share of guesses that held.
 const WEIGHT: f64 = 0.2;
 /// Below this share a guess costs more than it brings.

@@ -5,7 +5,7 @@ use crate::memory::pool::{BLOCK, KvPool, KvShape};
 use crate::memory::{DeltaState, LayerState, SequenceState};
 use crate::model::{Batch, CausalLm, Drafted, LogitRows, ModelError, Probe, Seen};
 use candle_core::{DType, Device, Tensor};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 /// Entries of a row of logits: more than the tiny tokenizer's 512, as in real models.
@@ -78,6 +78,10 @@ pub(crate) struct FakeModel {
     pub(crate) context: usize,
     /// What it says that a state takes beside its blocks.
     pub(crate) fixed: u64,
+    /// What it says that a row takes of a step that can be taken back.
+    pub(crate) trail: u64,
+    /// The most that such steps took since its bounds were last set.
+    pub(crate) trails: AtomicU64,
     /// Steps run so far.
     pub(crate) steps: Arc<AtomicUsize>,
     /// Tokens computed so far.
@@ -95,6 +99,8 @@ impl FakeModel {
             gate: Arc::default(),
             context: 4096,
             fixed: 0,
+            trail: 0,
+            trails: AtomicU64::new(0),
             steps: Arc::default(),
             rows: Arc::default(),
             pool: KvPool::new(KvShape {
@@ -154,8 +160,21 @@ impl CausalLm for FakeModel {
         self.fixed + (KvShape::blocks(tokens) * BLOCK) as u64
     }
 
+    fn trail_bytes(&self, rows: usize) -> u64 {
+        rows as u64 * self.trail
+    }
+
+    fn trails_held(&self) -> u64 {
+        self.trails.load(Ordering::SeqCst)
+    }
+
     fn pool(&self) -> &KvPool {
         &self.pool
+    }
+
+    fn bound_blocks(&self, blocks: usize) {
+        self.pool.set_capacity(blocks);
+        self.trails.store(0, Ordering::SeqCst);
     }
 
     fn drafts(&self) -> bool {
@@ -189,6 +208,9 @@ impl CausalLm for FakeModel {
             _ => {}
         }
         let mut rows = Vec::new();
+        let trails = batch.segments.iter().filter(|segment| segment.revocable);
+        let trails = trails.map(|segment| self.trail_bytes(segment.rows.len()));
+        self.trails.fetch_max(trails.sum(), Ordering::SeqCst);
         for segment in &batch.segments {
             let state = &mut *states[segment.state];
             state.make_room(segment.rows.len())?;

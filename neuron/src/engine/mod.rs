@@ -30,7 +30,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use worker::Worker;
-pub(crate) use worker::words;
+pub(crate) use {drafts::MOST_GUESSED, worker::words};
 
 /// What an engine needs to know beside its model.
 #[derive(Debug, Clone)]

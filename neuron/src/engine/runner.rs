@@ -332,7 +332,8 @@ impl ModelRunner {
         let states = self.states.len() as u64 * self.fixed_bytes;
         let saved = self.prefixes.as_ref().map(PrefixTree::snapshot_bytes);
         let (saved, on_host) = saved.unwrap_or_default();
-        self.held.store(blocks + states + saved, Ordering::Relaxed);
+        let held = blocks + states + self.model.trails_held() + saved;
+        self.held.store(held, Ordering::Relaxed);
         if let Some(prefixes) = &mut self.prefixes {
             self.metrics
                 .snapshots_evicted

@@ -1,5 +1,6 @@
 //! Who is computed in the next step. Decides on numbers alone: no tensor, no clock, no channel.
 
+use super::drafts::MOST_GUESSED;
 use super::plan::{Plan, Row};
 use super::sequence::{Sequence, SequenceId, SequenceStatus};
 use std::collections::{HashMap, VecDeque};
@@ -162,9 +163,16 @@ impl Scheduler {
             ..Plan::default()
         };
         let active = |sequence: &&Sequence| sequence.status == SequenceStatus::Running;
+        let mut guessed = 0;
         for sequence in self.running.iter().filter(active) {
             if sequence.remaining() == 1 {
-                plan.rows.push(row(sequence, 1));
+                let mut row = row(sequence, 1);
+                // those that were paused come with what they had: there is room for the trails of so many
+                guessed += usize::from(row.drafts > 0);
+                if guessed > MOST_GUESSED {
+                    row.drafts = 0;
+                }
+                plan.rows.push(row);
             }
         }
         let mut budget = self.bounds.prefill_tokens;
@@ -389,6 +397,26 @@ mod tests {
         assert_eq!(step(&mut scheduler, FREE), [(1, 10, false)]);
         assert_eq!(step(&mut scheduler, FREE), [(1, 5, true)]);
         assert_eq!(step(&mut scheduler, FREE), [(1, 1, true), (2, 10, false)]);
+    }
+
+    #[test]
+    fn no_step_checks_the_guesses_of_more_sequences_than_have_room_for_trails() {
+        let mut scheduler = scheduler(20, 100, 0);
+        let ids = 0..MOST_GUESSED as u64 + 2;
+        for id in ids.clone() {
+            add(&mut scheduler, id, 3);
+        }
+        step(&mut scheduler, FREE);
+        for id in ids.clone() {
+            scheduler.set_drafts(SequenceId(id), vec![1, 1]);
+        }
+        let mut free = FREE;
+        let plan = scheduler.plan(&mut free, usize::MAX);
+        let drafts: Vec<usize> = plan.rows.iter().map(|row| row.drafts).collect();
+        assert_eq!(drafts, [vec![2; MOST_GUESSED], vec![0; 2]].concat());
+        let sampled: Vec<_> = ids.map(|id| (SequenceId(id), vec![1])).collect();
+        scheduler.commit(&plan, &sampled);
+        assert!(scheduler.running.iter().all(|one| one.drafts.is_empty()));
     }
 
     #[test]

@@ -110,7 +110,10 @@ impl Rule {
     /// The token among `logits`, which are changed in place: none where one of them is not a number, or none finite.
     #[must_use]
     pub fn choose(&self, logits: &mut [f32]) -> Option<u32> {
-        if logits.iter().any(|logit| !(*logit < f32::INFINITY)) {
+        if logits
+            .iter()
+            .any(|logit| logit.is_nan() || *logit == f32::INFINITY)
+        {
             return None;
         }
         for edit in &self.edits {
@@ -305,7 +308,7 @@ fn limit_of_share(row: &Row<'_>, share: u64, limit: f32) -> f32 {
 
 /// `all` times a share in 2⁻⁶⁴, without what is behind the point.
 fn part_of(all: u64, share: u64) -> u64 {
-    (u128::from(all) * u128::from(share) >> 64) as u64
+    ((u128::from(all) * u128::from(share)) >> 64) as u64
 }
 
 /// The token in which the running sum of the weights, of those up to `limit`, passes the point that `random` draws.

@@ -1,7 +1,8 @@
 //! What the gated delta nets of a model remember of one sequence, on a device.
 
 use super::Remembered;
-use crate::gpu::{Address, Buffer, Gpu, GpuError, Scratch};
+use crate::gpu::{Address, Buffer, Gpu, GpuError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where one layer's state is in a slot.
@@ -53,6 +54,38 @@ pub(crate) struct SlotPool {
     places: Arc<[DeltaPlace]>,
     /// Memory of slots that came back.
     spare: Arc<Mutex<Vec<Buffer>>>,
+    trails: Arc<Trails>,
+}
+
+/// The memory of trails, in use or for the next: no more than were in use at once.
+#[derive(Debug, Default)]
+struct Trails {
+    spare: Mutex<Vec<Buffer>>,
+    bytes: AtomicUsize,
+}
+
+impl Trails {
+    fn spare(&self) -> MutexGuard<'_, Vec<Buffer>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for a trail: some that came back and is large enough, or else new, for which what is too small makes room.
+    fn take(&self, gpu: &Gpu, bytes: usize) -> Result<Buffer, GpuError> {
+        let mut spare = self.spare();
+        if let Some(at) = spare.iter().position(|spare| spare.bytes() >= bytes) {
+            return Ok(spare.swap_remove(at));
+        }
+        self.free(spare.pop());
+        let buffer = gpu.buffer(bytes)?;
+        self.bytes.fetch_add(buffer.bytes(), Ordering::Relaxed);
+        Ok(buffer)
+    }
+
+    fn free(&self, buffers: impl IntoIterator<Item = Buffer>) {
+        for buffer in buffers {
+            self.bytes.fetch_sub(buffer.bytes(), Ordering::Relaxed);
+        }
+    }
 }
 
 impl SlotPool {
@@ -61,7 +94,32 @@ impl SlotPool {
             gpu: gpu.clone(),
             places: places.into(),
             spare: Arc::default(),
+            trails: Arc::default(),
         }
+    }
+
+    /// Numbers of a trail for `rows` rows.
+    fn trail_floats(&self, rows: usize) -> usize {
+        self.places.last().map_or(0, |last| {
+            let own = last.tail + rows * (last.channels + last.state);
+            last.trail_offset(rows) + own
+        })
+    }
+
+    /// Bytes of a trail for `rows` rows.
+    pub(crate) fn trail_bytes(&self, rows: usize) -> usize {
+        4 * self.trail_floats(rows)
+    }
+
+    /// Bytes of all trails, those that are kept for the next step included.
+    pub(crate) fn trails_held(&self) -> u64 {
+        self.trails.bytes.load(Ordering::Relaxed) as u64
+    }
+
+    /// Gives back the memory of trails that is kept for the next step.
+    pub(crate) fn free_trails(&self) {
+        let spare = std::mem::take(&mut *self.trails.spare());
+        self.trails.free(spare);
     }
 
     /// Numbers in a slot.
@@ -125,9 +183,23 @@ enum Memory {
 /// Earlier states of a slot, for rows that may be taken back.
 #[derive(Debug)]
 struct Trail {
-    memory: Scratch,
+    /// None only while it is dropped.
+    memory: Option<Buffer>,
     /// Rows there is room for.
     rows: usize,
+    trails: Arc<Trails>,
+}
+
+impl Trail {
+    fn address(&self) -> Address {
+        self.memory.as_ref().map_or(0, Buffer::address)
+    }
+}
+
+impl Drop for Trail {
+    fn drop(&mut self) {
+        self.trails.spare().extend(self.memory.take());
+    }
 }
 
 impl Slot {
@@ -171,9 +243,7 @@ impl Slot {
 
     /// Where its trail is; 0 where it has none.
     pub(crate) fn trail_address(&self) -> Address {
-        self.trail
-            .as_ref()
-            .map_or(0, |trail| trail.memory.address())
+        self.trail.as_ref().map_or(0, Trail::address)
     }
 
     /// Rows its trail has room for.
@@ -185,13 +255,11 @@ impl Slot {
     pub(crate) fn begin_trail(&mut self, rows: Option<usize>) -> Result<(), GpuError> {
         self.trail = None;
         if let Some(rows) = rows {
-            let floats = self.pool.places.last().map_or(0, |last| {
-                let own = last.tail + rows * (last.channels + last.state);
-                last.trail_offset(rows) + own
-            });
+            let (pool, bytes) = (&self.pool, self.pool.trail_bytes(rows));
             self.trail = Some(Trail {
-                memory: self.pool.gpu.scratch(4 * floats)?,
+                memory: Some(pool.trails.take(&pool.gpu, bytes)?),
                 rows,
+                trails: pool.trails.clone(),
             });
         }
         Ok(())
@@ -207,7 +275,7 @@ impl Slot {
             for place in &*self.pool.places {
                 let to = memory.address() + 4 * place.offset as u64;
                 let floats = place.trail_offset(trail.rows);
-                let from = trail.memory.address() + 4 * floats as u64;
+                let from = trail.address() + 4 * floats as u64;
                 let row = 4 * (rows * place.channels) as u64;
                 driver.copy(to, from + row, 4 * place.tail)?;
                 let states = place.tail + of * place.channels + (rows - 1) * place.state;

@@ -14,7 +14,9 @@ use crate::kernels::rows::{Place, Rows};
 use crate::kernels::with_f32;
 use crate::memory::pool::KvPool;
 use crate::memory::{NoBlocks, SequenceState};
-use crate::parallel::{self, Communicator, GroupError, Indivisible, Solo};
+use crate::parallel::{
+    self, Communicator, GroupError, Indivisible, ModelCollectives, RankInfo, Solo,
+};
 use crate::quant::Format;
 use crate::weights::{self, Fault, Weights};
 use candle_core::Tensor;
@@ -42,13 +44,32 @@ pub trait CausalLm: Send {
     /// Bytes the weights hold.
     fn weight_bytes(&self) -> u64;
 
+    /// The ranks it is shared among; one where it is whole.
+    fn ranks(&self) -> RankInfo {
+        RankInfo {
+            weight_bytes: vec![self.weight_bytes()],
+            ..RankInfo::default()
+        }
+    }
+
     /// Bytes one sequence's state holds at `tokens` tokens.
     fn state_bytes(&self, tokens: usize) -> u64;
+
+    /// Bytes that a sequence's state holds beside these while a step of `rows` rows can be taken back.
+    fn trail_bytes(&self, rows: usize) -> u64 {
+        let _ = rows;
+        0
+    }
+
+    /// Bytes that are held for that between steps.
+    fn trails_held(&self) -> u64 {
+        0
+    }
 
     /// Where the keys and values of all its sequences lie.
     fn pool(&self) -> &KvPool;
 
-    /// Bounds the blocks that all sequences may hold together.
+    /// Bounds the blocks that all sequences may hold together, and gives back what is only kept for later steps.
     fn bound_blocks(&self, blocks: usize) {
         self.pool().set_capacity(blocks);
     }
@@ -167,6 +188,8 @@ pub struct LoadOptions {
     pub drafts: bool,
     /// The number format weight matrices are held in, see [`format_of`](crate::quant::format_of); that of the files when absent.
     pub quant: Option<Format>,
+    /// What ranks tell of the calls that join them; nothing when absent.
+    pub collectives: Option<ModelCollectives>,
 }
 
 impl LoadOptions {
@@ -178,6 +201,7 @@ impl LoadOptions {
             context_length: None,
             drafts: false,
             quant: None,
+            collectives: None,
         }
     }
 }

@@ -5,8 +5,10 @@ use crate::kernels::rows::{Place, Rows};
 use crate::kernels::with_f32;
 use candle_core::Tensor;
 use std::fmt::Debug;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+mod metered;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod planned;
@@ -20,6 +22,7 @@ pub(crate) mod fake;
 #[cfg(test)]
 mod suite;
 
+pub use metered::{CollectiveMetrics, ModelCollectives};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
 pub use planned::{Indivisible, weight_bytes};
@@ -185,6 +188,29 @@ pub enum GroupError {
         /// What the system says.
         reason: String,
     },
+}
+
+impl GroupError {
+    /// By which rank the group broke.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        match self {
+            Self::Ended { rank }
+            | Self::Stalled { rank, .. }
+            | Self::Failed { rank, .. }
+            | Self::Apart { rank }
+            | Self::NoThreads { rank, .. } => *rank,
+        }
+    }
+}
+
+/// What can be told of a model's ranks by those who do not have the model.
+#[derive(Debug, Clone, Default)]
+pub struct RankInfo {
+    /// Bytes of weights that each holds, in their order.
+    pub weight_bytes: Vec<u64>,
+    /// Which one the model failed by, when it is known.
+    pub failed: Arc<OnceLock<usize>>,
 }
 
 impl From<GroupError> for candle_core::Error {

@@ -30,6 +30,8 @@ pub(super) enum Work {
     Forward,
     /// [`CausalLm::draft`], from these hidden states.
     Draft(Tensor),
+    /// [`CausalLm::bound_blocks`].
+    Bound(usize),
 }
 
 /// What a rank says of its part when it is there.
@@ -196,6 +198,7 @@ fn run(model: &dyn CausalLm, step: Step) -> Result<Vec<SequenceState>, ModelErro
             Some(drafted) => drafted.map(drop)?,
             None => return Err(ModelError::NoDrafts),
         },
+        Work::Bound(blocks) => model.bound_blocks(blocks),
     }
     Ok(states)
 }

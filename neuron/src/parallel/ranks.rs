@@ -4,20 +4,22 @@
 //! rank's part of a sequence's state is in the state of the first between steps, and with the rank while it computes.
 
 use super::rank::{LoadPart, Part, RankHandle, Step, Work};
-use super::{Communicator, DEADLINE, GroupError, Threads, weight_bytes};
+use super::{Communicator, DEADLINE, GroupError, RankInfo, Threads, weight_bytes};
 use crate::kernels::rows::Place;
 use crate::memory::SequenceState;
 use crate::memory::pool::{KvPool, KvShape};
 use crate::model::{self, Batch, CausalLm, Drafted, LoadError, LoadOptions, ModelError, Probe};
 use candle_core::Tensor;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A model that is shared among ranks.
 pub struct Ranks {
     first: Box<dyn CausalLm>,
     communicator: Arc<dyn Communicator>,
     others: Vec<(RankHandle, Part)>,
+    /// Which rank has broken the group.
+    failed: Arc<OnceLock<usize>>,
 }
 
 /// Loads the model in `folder` as so many ranks, which together are one model; see [`model::load`].
@@ -34,12 +36,15 @@ pub fn load(
         return model::load(folder, options, progress);
     }
     weight_bytes(folder, options, ranks)?; // one error for all ranks, before they begin
-    let places = options.places.clone();
+    let (places, collectives) = (options.places.clone(), options.collectives.clone());
     let (folder, options) = (folder.to_path_buf(), options.clone());
     let part = move |communicator, progress: &dyn Fn(f32)| {
         model::load_rank(&folder, &options, communicator, progress)
     };
-    let group = group(&places, ranks)?;
+    let mut group = group(&places, ranks)?;
+    if let Some(collectives) = collectives {
+        group = collectives.around(group);
+    }
     Ok(Box::new(Ranks::start(group, Arc::new(part), progress)?))
 }
 
@@ -103,11 +108,34 @@ impl Ranks {
             first,
             communicator,
             others,
+            failed: Arc::default(),
         })
     }
 
     /// Has all ranks do `work` over `batch`, the first of them by `own`.
     fn together<T>(
+        &self,
+        work: &Work,
+        batch: &Batch,
+        states: &mut [&mut SequenceState],
+        own: impl FnOnce(&mut [&mut SequenceState]) -> Result<T, ModelError>,
+    ) -> Result<T, ModelError> {
+        let outcome = self.step(work, batch, states, own);
+        if let Err(error) = &outcome {
+            let fault = self.communicator.fault();
+            let told = match error {
+                ModelError::Group(fault) => Some(fault.rank()),
+                _ => None,
+            };
+            if let Some(rank) = fault.map(|fault| fault.rank()).or(told) {
+                let _ = self.failed.set(rank); // the first counts
+            }
+        }
+        outcome
+    }
+
+    /// As [`Self::together`], which keeps whom it failed by.
+    fn step<T>(
         &self,
         work: &Work,
         batch: &Batch,
@@ -125,7 +153,7 @@ impl Ranks {
                 states: states.iter_mut().map(|state| state.lend(place)).collect(),
             })?;
         }
-        let unwinding = Unwinding(&*self.communicator);
+        let unwinding = Unwinding(self);
         let outcome = own(states);
         std::mem::forget(unwinding);
         if let Err(error) = &outcome {
@@ -147,14 +175,18 @@ impl Ranks {
 }
 
 /// Tells the others of a panic in this rank, for which they would wait otherwise.
-struct Unwinding<'a>(&'a dyn Communicator);
+struct Unwinding<'a>(&'a Ranks);
 
 impl Drop for Unwinding<'_> {
     fn drop(&mut self) {
-        self.0.abort(GroupError::Failed {
-            rank: self.0.rank(),
+        let communicator = &self.0.communicator;
+        let rank = communicator.rank();
+        communicator.abort(GroupError::Failed {
+            rank,
             reason: "it panicked".into(),
         });
+        let rank = communicator.fault().map_or(rank, |fault| fault.rank());
+        let _ = self.0.failed.set(rank);
     }
 }
 
@@ -172,12 +204,31 @@ impl CausalLm for Ranks {
         self.first.weight_bytes() + others.sum::<u64>()
     }
 
+    fn ranks(&self) -> RankInfo {
+        let others = self.others.iter().map(|(_, part)| part.weight_bytes);
+        RankInfo {
+            weight_bytes: std::iter::once(self.first.weight_bytes())
+                .chain(others)
+                .collect(),
+            failed: self.failed.clone(),
+        }
+    }
+
     fn state_bytes(&self, tokens: usize) -> u64 {
         let others = self.others.iter().map(|(_, part)| {
             let blocks = KvShape::blocks(tokens) * part.pool.block_bytes();
             part.fixed_bytes + blocks as u64
         });
         self.first.state_bytes(tokens) + others.sum::<u64>()
+    }
+
+    /// Heads are shared equally: every rank's part of a trail is as long.
+    fn trail_bytes(&self, rows: usize) -> u64 {
+        self.first.trail_bytes(rows) * (1 + self.others.len() as u64)
+    }
+
+    fn trails_held(&self) -> u64 {
+        self.first.trails_held() * (1 + self.others.len() as u64)
     }
 
     /// That of the first rank: the others take and give back when it does.
@@ -187,8 +238,14 @@ impl CausalLm for Ranks {
 
     fn bound_blocks(&self, blocks: usize) {
         self.first.bound_blocks(blocks);
-        for (_, part) in &self.others {
-            part.pool.set_capacity(blocks);
+        for (handle, _) in &self.others {
+            let step = Step {
+                work: Work::Bound(blocks),
+                batch: Arc::default(),
+                states: Vec::new(),
+            };
+            // whoever is gone holds nothing, and the next step says so
+            let _ = handle.begin(step).and_then(|()| handle.end());
         }
     }
 

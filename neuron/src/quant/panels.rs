@@ -82,7 +82,7 @@ single_numbers!(
 #[inline(always)]
 fn put_words<B: Block>(blocks: &mut [B], rows: &[&[u8]], put: impl Fn(&mut B, [u16; PANEL])) {
     let mut done = 0;
-    if let Some(rows) = rows.as_array::<PANEL>() {
+    if let Ok(rows) = <&[&[u8]; PANEL]>::try_from(rows) {
         for square in blocks.as_chunks_mut::<PANEL>().0 {
             let lines = rows.map(|row| {
                 let (words, _) = row[2 * done..][..2 * PANEL].as_chunks();

@@ -16,9 +16,10 @@ use crate::engine::metrics::EngineMetrics;
 use crate::engine::{Engine, EngineConfig};
 use crate::gpu::GpuError;
 use crate::kernels::choose::Rule;
+use crate::kernels::rows::Place;
 use crate::model::{Batch, CausalLm, LoadError, LoadOptions, LogitRows, ModelError};
-use crate::parallel;
-use budgets::{Budgets, Demand};
+use crate::parallel::{self, CollectiveMetrics};
+use budgets::{Budgets, Demand, Spread};
 use folder::{FolderError, ModelText};
 use hub::HubError;
 pub use state::{ServedModel, unix_seconds};
@@ -40,13 +41,45 @@ const STRETCH: f64 = 2.5;
 /// How long a reader may take nothing before its request is cut: long enough for a laptop to change networks.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
 
-/// Reads a model as so many ranks: [`parallel::load`], or a fake in tests.
+/// Reads a model as so many ranks, see [`parallel::load`].
 pub type Loader = dyn Fn(&Path, &LoadOptions, usize, &dyn Fn(f32)) -> Result<Box<dyn CausalLm>, LoadError>
     + Send
     + Sync;
 
-/// Tells how many bytes are free on these devices; none when the system does not tell.
-pub type FreeBytes = dyn Fn(&[String]) -> Option<u64> + Send + Sync;
+/// Tells how many bytes of weights each of so many ranks would hold, see [`preflight::weigh`].
+pub type Weigh =
+    dyn Fn(&Path, &LoadOptions, usize) -> Result<Vec<u64>, PreflightError> + Send + Sync;
+
+/// Opens devices, see [`devices::open`].
+pub type Opener = dyn Fn(&[String]) -> Result<Vec<Place>, GpuError> + Send + Sync;
+
+/// Tells how many bytes are free on each of these devices; none where the system does not tell.
+pub type FreeBytes = dyn Fn(&[String]) -> Vec<Option<u64>> + Send + Sync;
+
+/// What is done with the host: everything that takes long, or that tests have no devices for.
+pub struct Hands {
+    /// Looks at a model's files.
+    pub weigh: Box<Weigh>,
+    /// Opens the devices it is to be on.
+    pub open: Box<Opener>,
+    /// Looks at their memory.
+    pub free: Arc<FreeBytes>,
+    /// Reads the model.
+    pub load: Box<Loader>,
+}
+
+impl Hands {
+    /// The host as it is.
+    #[must_use]
+    pub fn of_host() -> Self {
+        Self {
+            weigh: Box::new(preflight::weigh),
+            open: Box::new(devices::open),
+            free: Arc::new(devices::free_bytes),
+            load: Box::new(parallel::load),
+        }
+    }
+}
 
 /// Every model the host knows. Copies share one table.
 #[derive(Clone)]
@@ -56,16 +89,16 @@ pub struct Residency {
 
 struct Shared {
     table: Mutex<Table>,
-    /// The memory of devices that models share, by the devices that a model is on. One is held while engines let go of memory,
-    /// as long as a step: only by threads that may wait.
-    budgets: Mutex<BTreeMap<Vec<String>, Arc<Mutex<Budgets>>>>,
-    free: Arc<FreeBytes>,
+    /// The memory of devices that models share. It is held while engines let go of memory, as long as a step: only by threads
+    /// that may wait.
+    budgets: Mutex<Budgets>,
+    hands: Hands,
     changed: watch::Sender<()>,
-    loader: Box<Loader>,
     limits: Limits,
     hub: HubConfig,
     drain: Duration,
     engine_metrics: EngineMetrics,
+    collectives: CollectiveMetrics,
     load_seconds: HistogramVec,
 }
 
@@ -141,24 +174,18 @@ enum LoadFailed {
 }
 
 impl Residency {
-    /// An empty host that reads models with [`parallel::load`].
+    /// An empty host.
     #[must_use]
     pub fn new(config: &Config, registry: &Registry) -> Self {
-        let loader = Box::new(parallel::load);
-        Self::with_loader(config, registry, loader, Arc::new(devices::free_bytes))
+        Self::with_hands(config, registry, Hands::of_host())
     }
 
-    /// An empty host that reads models with `loader` into the memory of devices, of which `free` tells.
+    /// An empty host on which all is done by `hands`.
     ///
     /// # Panics
     /// When the metrics are registered twice in one registry.
     #[must_use]
-    pub fn with_loader(
-        config: &Config,
-        registry: &Registry,
-        loader: Box<Loader>,
-        free: Arc<FreeBytes>,
-    ) -> Self {
+    pub fn with_hands(config: &Config, registry: &Registry, hands: Hands) -> Self {
         let buckets = vec![
             0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
         ];
@@ -174,14 +201,14 @@ impl Residency {
         Self {
             shared: Arc::new(Shared {
                 table: Mutex::default(),
-                budgets: Mutex::default(),
-                free,
+                budgets: Mutex::new(Budgets::new(hands.free.clone())),
+                hands,
                 changed: watch::channel(()).0,
-                loader,
                 limits: config.limits,
                 hub: config.hub.clone(),
                 drain: config.drain,
                 engine_metrics: EngineMetrics::register(registry),
+                collectives: CollectiveMetrics::register(registry),
                 load_seconds,
             }),
         }
@@ -359,43 +386,23 @@ fn warm_up(model: &dyn CausalLm, rows: usize) -> Result<(), ModelError> {
     Ok(())
 }
 
-/// Budgets, held.
-fn held(budgets: &Mutex<Budgets>) -> MutexGuard<'_, Budgets> {
-    // A budget that was not told to its engine is told with the next change.
-    budgets.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Shared {
     fn table(&self) -> MutexGuard<'_, Table> {
         // Each change to the table is a single assignment, so a panic cannot leave it half done.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What models on `devices` share.
-    fn budgets(&self, devices: &[String]) -> Arc<Mutex<Budgets>> {
-        let mut all = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut devices = devices.to_vec();
-        devices.sort(); // the same ones are the same memory
-        let own = all.entry(devices.clone()).or_insert_with(|| {
-            let budgets = Budgets::new(self.free.clone(), devices);
-            Arc::new(Mutex::new(budgets))
-        });
-        own.clone()
-    }
-
-    /// Shares out among the others on its devices what the load had.
-    fn leave(&self, load: u64) {
-        let all = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: Vec<_> = all.values().cloned().collect();
-        for budgets in all {
-            held(&budgets).leave(load);
-        }
+    /// The budgets, held.
+    fn budgets(&self) -> MutexGuard<'_, Budgets> {
+        // A budget that was not told to its engine is told with the next change.
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shares out among the others what a load had that is over.
     async fn share_without(self: &Arc<Self>, load: u64) {
         let shared = self.clone();
-        let shared_out = tokio::task::spawn_blocking(move || shared.leave(load)).await;
+        let leave = move || shared.budgets().leave(load);
+        let shared_out = tokio::task::spawn_blocking(leave).await;
         if let Err(error) = shared_out {
             tracing::error!(%error, "memory was not shared anew");
         }
@@ -469,36 +476,39 @@ impl Shared {
         let ranks = wanted.ranks();
         let devices = devices::choose(&wanted.devices, ranks);
         let options = LoadOptions {
-            places: devices::open(&devices)?,
+            places: (self.hands.open)(&devices)?,
             context_length: wanted
                 .context_length
                 .map(|length| usize::try_from(length).unwrap_or(usize::MAX)),
             drafts: self.limits.draft_tokens > 0,
             quant: wanted.quant,
+            collectives: Some(self.collectives.of(&wanted.id)),
         };
-        let shared = self.budgets(&devices);
+        let parts = (self.hands.weigh)(&folder, &options, ranks)?;
+        let spread = Spread::over(&devices);
+        let weights = spread.together(&parts);
         {
-            let mut budgets = held(&shared);
-            let room = budgets.room_for_weights();
-            let weights = preflight::check(&folder, &options, ranks, room)?;
-            budgets.reserve(load, weights, progress.clone());
+            let mut budgets = self.budgets();
+            let room = budgets.room_for_weights(&spread);
+            preflight::check_weights(&folder, weights, room)?;
+            budgets.reserve(load, spread.clone(), weights, progress.clone());
         }
         let text = ModelText::load(&folder)?;
-        let model = (self.loader)(&folder, &options, ranks, &|share| {
+        let model = (self.hands.load)(&folder, &options, ranks, &|share| {
             progress.store(share.to_bits(), Ordering::Relaxed);
         })?;
         let context_length = model.context_length();
-        let weight_bytes = model.weight_bytes();
+        let (weight_bytes, ranks) = (model.weight_bytes(), model.ranks());
         let demand = Demand::of(&*model, self.limits, &devices);
         warm_up(&*model, demand.prefill_tokens)?;
         // nobody else may be given what this model is until its engine is known
-        let mut budgets = held(&shared);
-        let room = budgets.room_for_states(load);
+        let mut budgets = self.budgets();
+        let room = budgets.room_for_states(load, &spread);
         let room = room.min(self.limits.state_bytes.unwrap_or(u64::MAX));
         preflight::check_context(&folder, context_length, room, |tokens| {
-            model.state_bytes(tokens)
+            demand.sequence_bytes(&*model, tokens)
         })?;
-        let bounds = budgets.admit(load, demand);
+        let bounds = budgets.admit(load, spread, demand);
         let engine_config = EngineConfig {
             id: wanted.id.clone(),
             vocab: text.tokenizer.vocab_size(),
@@ -521,6 +531,7 @@ impl Shared {
             context_length,
             weight_bytes,
             devices,
+            ranks,
             created: unix_seconds(),
         })
     }

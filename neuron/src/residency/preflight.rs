@@ -70,33 +70,40 @@ fn show(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
-/// Checks that the weights of `folder` are there, can be shared among `ranks`, and fit into `free` bytes as `options` want
-/// them held; returns how many bytes they take. Ranks of a CPU share its memory.
+/// Checks that the weights of `folder` are there and can be shared among `ranks`; tells how many bytes each of them would hold,
+/// as `options` want them held.
 ///
 /// # Errors
 /// The first reason why a load would fail.
-pub fn check(
+pub fn weigh(
     folder: &Path,
     options: &LoadOptions,
     ranks: usize,
-    free: Option<u64>,
-) -> Result<u64, PreflightError> {
-    let mut need = if folder.is_file() {
+) -> Result<Vec<u64>, PreflightError> {
+    let whole = if folder.is_file() {
         need_of_file(folder, options.quant)?
     } else {
         need_of_folder(folder, options.quant)?
     };
-    if ranks > 1 {
+    match ranks {
+        1 => Ok(vec![whole]),
         // what each holds for itself included
-        need = parallel::weight_bytes(folder, options, ranks)?.iter().sum();
+        _ => Ok(parallel::weight_bytes(folder, options, ranks)?),
     }
+}
+
+/// Checks that the weights of `folder`, so many bytes, fit into `free`.
+///
+/// # Errors
+/// [`PreflightError::NoRoom`].
+pub fn check_weights(folder: &Path, need: u64, free: Option<u64>) -> Result<(), PreflightError> {
     match free {
         Some(free) if need > free => Err(PreflightError::NoRoom {
             folder: folder.into(),
             need,
             free,
         }),
-        _ => Ok(need),
+        _ => Ok(()),
     }
 }
 
@@ -215,18 +222,22 @@ mod tests {
 
     #[test]
     fn the_fixtures_pass_and_too_little_memory_does_not() {
+        let check = |folder: &Path, options: &LoadOptions, free| {
+            let need = weigh(folder, options, 1)?.iter().sum();
+            check_weights(folder, need, free)
+        };
         let as_stored = LoadOptions::cpu();
-        check(&fixture(), &as_stored, 1, None).unwrap();
+        check(&fixture(), &as_stored, None).unwrap();
         let released = fixture().with_file_name("qwen3_5_vl_tied");
-        check(&released, &as_stored, 1, Some(1 << 30)).unwrap();
-        let error = check(&fixture(), &as_stored, 1, Some(1000)).unwrap_err();
+        check(&released, &as_stored, Some(1 << 30)).unwrap();
+        let error = check(&fixture(), &as_stored, Some(1000)).unwrap_err();
         assert!(matches!(error, PreflightError::NoRoom { .. }), "{error}");
         assert!(error.to_string().contains("1.4 MiB"), "{error}");
         let rounded = LoadOptions {
             quant: Some(Format::Q8_0),
             ..as_stored
         };
-        let error = check(&fixture(), &rounded, 1, Some(1000)).unwrap_err();
+        let error = check(&fixture(), &rounded, Some(1000)).unwrap_err();
         assert!(error.to_string().contains("376.2 KiB"), "{error}");
     }
 
@@ -242,14 +253,14 @@ mod tests {
         ] {
             let folder = fixture().with_file_name(name);
             let options = LoadOptions::cpu();
-            let error = check(&folder, &options, ranks, None).unwrap_err();
+            let error = weigh(&folder, &options, ranks).unwrap_err();
             let PreflightError::Model(LoadError::Indivisible(refused)) = &error else {
                 panic!("{name}: {error}");
             };
             assert_eq!(refused.fits, would_do, "{name}: {error}");
             assert!(!error.to_string().contains('\n'), "{error}");
             for ranks in would_do {
-                check(&folder, &options, *ranks, None).unwrap();
+                weigh(&folder, &options, *ranks).unwrap();
             }
         }
     }
@@ -280,7 +291,7 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();
         let index = "{\"weight_map\": {\"a\": \"one.safetensors\", \"b\": \"one.safetensors\"}}";
         std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-        let error = check(folder.path(), &LoadOptions::cpu(), 1, None).unwrap_err();
+        let error = weigh(folder.path(), &LoadOptions::cpu(), 1).unwrap_err();
         assert!(
             matches!(&error, PreflightError::NoWeights { file, .. } if file == "one.safetensors"),
             "{error}"

@@ -2,7 +2,8 @@
 
 use super::folder::ModelText;
 use crate::engine::Engine;
-use protocol::node::{LoadModel, ModelState, ModelStatus};
+use crate::parallel::RankInfo;
+use protocol::node::{LoadModel, ModelState, ModelStatus, RankState, RankStatus};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -52,6 +53,8 @@ pub struct ServedModel {
     pub weight_bytes: u64,
     /// Devices that hold it.
     pub devices: Vec<String>,
+    /// The ranks it is shared among.
+    pub ranks: RankInfo,
     /// Unix seconds at which it was loaded.
     pub created: u64,
 }
@@ -74,6 +77,7 @@ impl Entry {
             reason: None,
             source: self.wanted.source.clone(),
             devices: Vec::new(),
+            ranks: Vec::new(),
             memory_bytes: 0,
             context_length: self.wanted.context_length.unwrap_or(0),
             capabilities: CAPABILITIES.map(String::from).into(),
@@ -87,6 +91,7 @@ impl Entry {
         let hold = |status: &mut ModelStatus, model: &ServedModel| {
             status.progress = 1.0;
             status.devices.clone_from(&model.devices);
+            status.ranks = model.ranks(false);
             status.memory_bytes = model.weight_bytes;
             status.context_length = model.context_length as u64;
             status.in_flight = model.engine.in_flight();
@@ -101,7 +106,10 @@ impl Entry {
             }
             Phase::Failed(reason) => fail(&mut status, reason),
             Phase::Loaded(model) => match model.engine.fault() {
-                Some(reason) => fail(&mut status, reason),
+                Some(reason) => {
+                    fail(&mut status, reason);
+                    status.ranks = model.ranks(true);
+                }
                 None => {
                     status.state = ModelState::Loaded;
                     hold(&mut status, model);
@@ -109,6 +117,32 @@ impl Entry {
             },
         }
         status
+    }
+}
+
+impl ServedModel {
+    /// Each rank, of a model that has failed or not.
+    fn ranks(&self, failed: bool) -> Vec<RankStatus> {
+        let all = &self.ranks.weight_bytes;
+        let culprit = match all.len() {
+            1 => Some(0),
+            _ => self.ranks.failed.get().copied(),
+        };
+        let rank = |(rank, weight_bytes): (usize, &u64)| {
+            let (state, weight_bytes) = match failed {
+                false => (RankState::Loaded, *weight_bytes),
+                true if culprit == Some(rank) => (RankState::Failed, 0),
+                true => (RankState::Ended, 0),
+            };
+            let device = rank % self.devices.len().max(1); // as their places are given to them
+            RankStatus {
+                rank: rank as u32,
+                state,
+                device: self.devices.get(device).cloned().unwrap_or_default(),
+                weight_bytes,
+            }
+        };
+        all.iter().enumerate().map(rank).collect()
     }
 }
 

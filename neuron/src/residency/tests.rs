@@ -2,8 +2,13 @@
 
 use super::*;
 use crate::engine::fake::{FakeModel, Script};
+use crate::engine::guide::Guide;
+use crate::engine::request::{EngineError, Event, Finish, Request};
+use crate::engine::sampler::SamplingParams;
+use crate::parallel::fake::{Fate, doomed};
+use crate::text::output::{Output, OutputOptions};
 use crate::text::tokenizer::tests::fixture;
-use protocol::node::ModelState;
+use protocol::node::{ModelState, RankState};
 use std::num::NonZeroU32;
 use std::sync::atomic::AtomicUsize;
 
@@ -30,8 +35,13 @@ pub(crate) fn host() -> Host {
             .expect("the test releases each load");
         Ok(Box::new(model) as Box<dyn CausalLm>)
     });
+    let hands = Hands {
+        free: Arc::new(|devices: &[String]| vec![None; devices.len()]),
+        load: loader,
+        ..Hands::of_host()
+    };
     Host {
-        residency: Residency::with_loader(&config, &Registry::new(), loader, Arc::new(|_| None)),
+        residency: Residency::with_hands(&config, &Registry::new(), hands),
         loads,
         release,
     }
@@ -201,4 +211,113 @@ async fn a_closed_host_drains_and_loads_nothing() {
         host.residency.load(from_fixture("b")),
         Err(LoadRefused::Stopping)
     );
+}
+
+/// What is told of the calls that join ranks, over all of them.
+fn joined(registry: &Registry) -> u64 {
+    let families = registry.gather();
+    let mut families = families.iter();
+    let family = families.find(|one| one.name() == "neuron_collective_seconds");
+    let metrics = family.into_iter().flat_map(|one| one.get_metric());
+    metrics
+        .map(|one| one.get_histogram().get_sample_count())
+        .sum()
+}
+
+#[tokio::test]
+async fn a_model_tells_of_its_ranks_and_of_what_joins_them() {
+    let config = Config::default_on_this_host().unwrap();
+    for ranks in [1, 2] {
+        let registry = Registry::new();
+        let hands = Hands {
+            free: Arc::new(|devices: &[String]| vec![None; devices.len()]),
+            ..Hands::of_host()
+        };
+        let residency = Residency::with_hands(&config, &registry, hands);
+        let model = LoadModel {
+            tensor_parallel: NonZeroU32::new(ranks),
+            devices: vec!["cpu".into()],
+            ..from_fixture("a")
+        };
+        let begun = residency.load(model).unwrap();
+        assert_eq!((begun.ranks.len(), begun.state), (0, ModelState::Loading));
+        let loading = |model: &ModelStatus| model.state == ModelState::Loading;
+        residency
+            .wait_until(|models| !models.iter().any(loading))
+            .await;
+        let status = residency.status("a").unwrap();
+        let numbers: Vec<u32> = status.ranks.iter().map(|rank| rank.rank).collect();
+        assert_eq!(numbers, (0..ranks).collect::<Vec<_>>());
+        for rank in &status.ranks {
+            assert_eq!((rank.state, &*rank.device), (RankState::Loaded, "cpu"));
+        }
+        let weights = status.ranks.iter().map(|rank| rank.weight_bytes);
+        assert_eq!(weights.sum::<u64>(), status.memory_bytes);
+        let before = joined(&registry);
+        let served = residency.get("a").unwrap();
+        ask(&served).await.unwrap();
+        assert_eq!(joined(&registry) > before, ranks > 1, "{ranks} ranks");
+        let unloading = residency.unload("a").unwrap();
+        assert_eq!(unloading.ranks, status.ranks);
+        residency.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_rank_that_a_model_fails_by_is_told() {
+    let registry = Registry::new();
+    let config = Config::default_on_this_host().unwrap();
+    let hands = Hands {
+        free: Arc::new(|devices: &[String]| vec![None; devices.len()]),
+        load: Box::new(|_, _, ranks, _| {
+            let doomed = doomed(ranks, Duration::from_secs(3600), (1, Fate::Fails, 2));
+            Ok(Box::new(doomed.ranks))
+        }),
+        ..Hands::of_host()
+    };
+    let residency = Residency::with_hands(&config, &registry, hands);
+    let model = LoadModel {
+        tensor_parallel: NonZeroU32::new(2),
+        devices: vec!["cpu".into()],
+        ..from_fixture("a")
+    };
+    residency.load(model).unwrap();
+    let loading = |model: &ModelStatus| model.state == ModelState::Loading;
+    residency
+        .wait_until(|models| !models.iter().any(loading))
+        .await;
+    let served = residency.get("a").unwrap();
+    ask(&served).await.unwrap_err();
+    served.engine.drain(Duration::from_secs(60)).await;
+    let status = residency.status("a").unwrap();
+    assert_eq!(status.state, ModelState::Failed);
+    let ranks = status.ranks.iter();
+    let ranks: Vec<_> = ranks.map(|rank| (rank.state, rank.weight_bytes)).collect();
+    assert_eq!(ranks, [(RankState::Ended, 0), (RankState::Failed, 0)]);
+}
+
+/// Asks for five tokens after three.
+async fn ask(served: &ServedModel) -> Result<Finish, EngineError> {
+    let request = Request {
+        id: "test".into(),
+        prompt: vec![11, 12, 13],
+        max_tokens: 5,
+        sampling: SamplingParams::greedy(),
+        ends: Vec::new(),
+        guide: Guide::default(),
+        score_prompt: false,
+        priority: 0,
+        user: None,
+        places: Vec::new(),
+        salt: None,
+        output: Output::new(served.text.tokenizer.clone(), OutputOptions::default()),
+        arrived: Instant::now(),
+        deadline: Instant::now() + Duration::from_secs(3600),
+    };
+    let mut events = served.engine.submit(request).unwrap();
+    loop {
+        if let Event::End(end) = events.next().await.expect("every request has an end") {
+            return end;
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! other, and models made up in the shape of releases are measured.
 
 pub mod equalities;
+mod peer;
 
 use crate::gpu::{Gpu, GpuError, Peaks};
 #[cfg(any(test, feature = "cuda"))]
@@ -18,8 +19,9 @@ use serde::Serialize;
 use std::fmt;
 #[cfg(any(test, feature = "cuda"))]
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What to test.
 #[derive(Debug, Clone, clap::Args)]
@@ -51,6 +53,12 @@ pub struct SelftestArgs {
         default_value = "1,8,64"
     )]
     pub batch: Vec<usize>,
+    /// Measure transformers beside neuron, on the same shapes, with this Python [default: python3]; it needs torch with CUDA
+    #[arg(long, value_name = "PYTHON", num_args = 0..=1, require_equals = true, default_missing_value = "python3")]
+    pub peer: Option<PathBuf>,
+    /// Seconds after which it is given up, for each shape
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub peer_seconds: u64,
     /// Print JSON instead of tables.
     #[arg(long)]
     pub json: bool,
@@ -94,6 +102,8 @@ pub struct Report {
     pub equalities: Vec<Outcome>,
     /// What was measured.
     pub measurements: Vec<Measured>,
+    /// What was measured beside neuron, or why nothing was; a line a shape.
+    pub peer: Vec<String>,
 }
 
 /// Whether something was as it should be.
@@ -126,6 +136,8 @@ pub struct Measured {
     pub bandwidth_share: Option<f64>,
     /// Of reading: what its matrices multiply, over the device's rate.
     pub rate_share: Option<f64>,
+    /// What transformers does, where it was measured.
+    pub peer_tokens_per_second: Option<f64>,
 }
 
 impl Report {
@@ -165,24 +177,32 @@ impl fmt::Display for Report {
         }
         writeln!(
             f,
-            "\n| shape | | batch | tokens | tokens/s | of the bandwidth | of the bf16 rate |"
+            "\n| shape | | batch | tokens | tokens/s | of the bandwidth | of the bf16 rate | transformers tokens/s |"
         )?;
-        write!(f, "|---|---|--:|--:|--:|--:|--:|")?;
+        write!(f, "|---|---|--:|--:|--:|--:|--:|--:|")?;
+        let peer = |rate: Option<f64>| rate.map_or("–".into(), |rate| format!("{rate:.1}"));
         let share = |share: Option<f64>| {
             share.map_or("–".into(), |share| format!("{:.0} %", 100.0 * share))
         };
         for one in &self.measurements {
             write!(
                 f,
-                "\n| {} | {} | {} | {} | {:.1} | {} | {} |",
+                "\n| {} | {} | {} | {} | {:.1} | {} | {} | {} |",
                 one.shape,
                 one.what,
                 one.batch,
                 one.tokens,
                 one.tokens_per_second,
                 share(one.bandwidth_share),
-                share(one.rate_share)
+                share(one.rate_share),
+                peer(one.peer_tokens_per_second)
             )?;
+        }
+        if !self.peer.is_empty() {
+            writeln!(f)?;
+        }
+        for line in &self.peer {
+            write!(f, "\nbeside neuron: {line}")?;
         }
         Ok(())
     }
@@ -213,6 +233,7 @@ pub fn run(args: &SelftestArgs) -> Result<Report, SelftestError> {
         models: Vec::new(),
         equalities: Vec::new(),
         measurements: Vec::new(),
+        peer: Vec::new(),
     };
     if !usable(&gpu, "kernels", &mut report.kernels) {
         return Ok(report);
@@ -235,7 +256,13 @@ pub fn run(args: &SelftestArgs) -> Result<Report, SelftestError> {
         }
     }
     for shape in shapes {
-        measure(&gpu, shape, args, peaks, &mut report.measurements)?;
+        let mut measured = Vec::new();
+        measure(&gpu, shape, args, peaks, &mut measured)?;
+        if let Some(python) = &args.peer {
+            let line = measure_peer(python, shape, args, &mut measured);
+            report.peer.push(format!("{shape}: {line}"));
+        }
+        report.measurements.extend(measured);
     }
     Ok(report)
 }
@@ -290,6 +317,12 @@ const BF16_KL: f64 = 2e-3;
 const APART_F32: f32 = 3e-4;
 /// The same in bf16, where what matrices are multiplied with is rounded or not by the number of rows.
 const APART_BF16: f32 = 0.3;
+
+/// How often each measurement is made.
+const ROUNDS: usize = 3;
+/// Tokens that each sequence writes, and tokens before them.
+const WRITTEN: usize = 64;
+const DEPTH: usize = 512;
 
 /// What is looked at in a fixture.
 #[derive(Debug, Clone, Copy)]
@@ -403,6 +436,7 @@ fn measure(
             tokens_per_second: one.tokens_per_second,
             bandwidth_share: one.bandwidth_share,
             rate_share: (one.what == "prefill").then_some(rate),
+            peer_tokens_per_second: None,
         });
     };
     for prompt in &args.prompt {
@@ -412,7 +446,7 @@ fn measure(
             generate: 0,
             depth: 0,
             batch: Vec::new(),
-            rounds: 3,
+            rounds: ROUNDS,
         };
         bench::measure(&*model, &args, peaks.bandwidth)?
             .into_iter()
@@ -421,15 +455,55 @@ fn measure(
     let args = bench::Measure {
         prompt: 0,
         chunk: 8192,
-        generate: 64,
-        depth: 512,
+        generate: WRITTEN,
+        depth: DEPTH,
         batch: args.batch.clone(),
-        rounds: 3,
+        rounds: ROUNDS,
     };
     bench::measure(&*model, &args, peaks.bandwidth)?
         .into_iter()
         .for_each(add);
     Ok(())
+}
+
+/// Measures transformers on the same device, and puts what it does beside what neuron `measured`: of what is read, and of one
+/// sequence that writes. Tells what it is, or why there are no figures.
+fn measure_peer(
+    python: &Path,
+    shape: Shape,
+    args: &SelftestArgs,
+    measured: &mut [Measured],
+) -> String {
+    let asked = peer::Asked {
+        config: shape.config(),
+        device: args.device.clone(),
+        prompts: args.prompt.clone(),
+        depth: DEPTH,
+        generate: WRITTEN,
+        rounds: ROUNDS,
+    };
+    match peer::measure(python, &asked, Duration::from_secs(args.peer_seconds)) {
+        Ok(found) => {
+            put_beside(&found, &args.prompt, measured);
+            found.to_string()
+        }
+        Err(error) => error.to_string(),
+    }
+}
+
+fn put_beside(found: &peer::Found, prompts: &[usize], measured: &mut [Measured]) {
+    for one in measured {
+        let seconds = match one.what {
+            "prefill" => {
+                let mut all = prompts.iter().zip(&found.prefill_seconds);
+                let found = all.find(|(prompt, _)| **prompt == one.tokens);
+                found.map(|(_, seconds)| *seconds)
+            }
+            _ if one.batch == 1 => Some(found.decode_seconds),
+            _ => None,
+        };
+        one.peer_tokens_per_second = seconds.map(|seconds| one.tokens as f64 / seconds);
+    }
 }
 
 /// The models that are in the program.
@@ -514,6 +588,50 @@ mod tests {
         if case.ways {
             all_pass(&equalities);
         }
+    }
+
+    #[test]
+    fn figures_of_a_peer_stand_beside_what_they_are_of() {
+        let one = |what, batch, tokens| Measured {
+            shape: "9b".into(),
+            weight_bytes: 0,
+            what,
+            batch,
+            tokens,
+            tokens_per_second: 7.0,
+            bandwidth_share: None,
+            rate_share: None,
+            peer_tokens_per_second: None,
+        };
+        let mut measured = vec![
+            one("prefill", 1, 512),
+            one("prefill", 1, 8192),
+            one("decode", 1, 64),
+            one("decode", 8, 64),
+        ];
+        let prompts = [512, 8192];
+        let found = peer::Found {
+            prefill_seconds: vec![0.25, 2.0],
+            decode_seconds: 0.5,
+            ..peer::Found::default()
+        };
+        put_beside(&found, &prompts, &mut measured);
+        let beside = measured.iter().map(|one| one.peer_tokens_per_second);
+        let expected = [Some(2048.0), Some(4096.0), Some(128.0), None];
+        assert_eq!(beside.collect::<Vec<_>>(), expected);
+        let report = Report {
+            device: "a device".into(),
+            peaks: None,
+            kernels: Vec::new(),
+            models: Vec::new(),
+            equalities: Vec::new(),
+            measurements: measured,
+            peer: vec!["9b: transformers".into()],
+        };
+        let shown = report.to_string();
+        let last = "| 9b | decode | 8 | 64 | 7.0 | – | – | – |\n\nbeside neuron: 9b: transformers";
+        assert!(shown.ends_with(last), "{shown}");
+        assert!(shown.contains("| 9b | prefill | 1 | 512 | 7.0 | – | – | 2048.0 |"));
     }
 
     // Each member of the family once, and between them every way of reading a prompt: the whole is for a device.

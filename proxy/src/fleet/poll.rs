@@ -159,6 +159,7 @@ async fn foreign(
         reason: None,
         source: String::new(),
         devices: Vec::new(),
+        ranks: Vec::new(),
         memory_bytes: 0,
         context_length: 0,
         capabilities: Vec::new(),

@@ -85,6 +85,7 @@ pub(super) fn status(id: &str, state: ModelState, devices: &[String], bytes: u64
         reason: None,
         source: "/m".into(),
         devices: devices.to_vec(),
+        ranks: Vec::new(),
         memory_bytes: bytes,
         context_length: 4096,
         capabilities: Vec::new(),

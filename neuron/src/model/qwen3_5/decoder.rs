@@ -146,4 +146,12 @@ impl DecoderLayer {
             Mixer::Linear(delta_net) => delta_net.state_floats(),
         }
     }
+
+    /// Numbers it keeps beside them of a step of `rows` rows that can be taken back.
+    pub(super) fn trail_floats(&self, rows: usize) -> usize {
+        match &self.mixer {
+            Mixer::Full(_) => 0,
+            Mixer::Linear(delta_net) => delta_net.trail_floats(rows),
+        }
+    }
 }

@@ -226,6 +226,12 @@ impl GatedDeltaNet {
     pub(super) fn state_floats(&self) -> usize {
         Self::tail(self.taps, self.heads) + Self::state(self.heads)
     }
+
+    /// Numbers of its part of a trail; on the CPU it has one state less.
+    pub(super) fn trail_floats(&self, rows: usize) -> usize {
+        let row = self.heads.channels() + Self::state(self.heads);
+        Self::tail(self.taps, self.heads) + rows * row
+    }
 }
 
 /// `ln(1 + eˣ)`, without overflow.

@@ -381,8 +381,22 @@ impl CausalLm for Qwen3_5ForCausalLm {
         (4 * fixed + KvShape::blocks(tokens) * self.pool.block_bytes()) as u64
     }
 
+    fn trail_bytes(&self, rows: usize) -> u64 {
+        let floats = self.layers.iter().map(|layer| layer.trail_floats(rows));
+        4 * floats.sum::<usize>() as u64
+    }
+
+    fn trails_held(&self) -> u64 {
+        self.slots.as_ref().map_or(0, SlotPool::trails_held)
+    }
+
     fn pool(&self) -> &KvPool {
         &self.pool
+    }
+
+    fn bound_blocks(&self, blocks: usize) {
+        self.pool.set_capacity(blocks);
+        self.slots.iter().for_each(SlotPool::free_trails);
     }
 
     fn drafts(&self) -> bool {

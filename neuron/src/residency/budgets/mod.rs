@@ -9,8 +9,8 @@ mod tests;
 use super::FreeBytes;
 use crate::config::Limits;
 use crate::devices::{CPU, free_bytes};
-use crate::engine::Engine;
 use crate::engine::scheduler::Bounds;
+use crate::engine::{Engine, MOST_GUESSED};
 use crate::memory::pool::BLOCK;
 use crate::model::CausalLm;
 use std::collections::BTreeMap;
@@ -31,12 +31,15 @@ const HOST_SHARE: u64 = 4;
 /// Every model that has a part of the memory, by the number of its load.
 pub(super) struct Budgets {
     free: Arc<FreeBytes>,
-    /// Whose memory it is.
-    devices: Vec<String>,
     members: BTreeMap<u64, Member>,
 }
 
-enum Member {
+struct Member {
+    spread: Spread,
+    life: Life,
+}
+
+enum Life {
     /// Its weights are being read: so many bytes, of which the share in `progress`, bits of an f32, are there.
     Reading {
         weights: u64,
@@ -50,6 +53,34 @@ enum Member {
     },
 }
 
+/// The devices a model is on, with as much of it on each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Spread(Vec<String>);
+
+impl Spread {
+    pub(super) fn over(devices: &[String]) -> Self {
+        Self(devices.to_vec())
+    }
+
+    fn count(&self) -> u64 {
+        self.0.len().max(1) as u64
+    }
+
+    /// Bytes that a model takes whose ranks hold so many each: on several devices all are taken to be as large as the largest.
+    pub(super) fn together(&self, ranks: &[u64]) -> u64 {
+        match self.0.len() {
+            0 | 1 => ranks.iter().sum(),
+            count => ranks.iter().max().map_or(0, |most| most * count as u64),
+        }
+    }
+
+    /// What the smallest of `rooms`, which are those on its devices, gives on all of them.
+    fn within(&self, rooms: impl Iterator<Item = u64>) -> u64 {
+        let least = rooms.min().unwrap_or(u64::MAX);
+        least.saturating_mul(self.count())
+    }
+}
+
 /// What a model can do with memory for states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Demand {
@@ -59,6 +90,8 @@ pub(super) struct Demand {
     most: u64,
     /// Bytes of the state of a sequence that has not begun.
     fixed: u64,
+    /// Bytes of what a sequence keeps beside it for a step that can be taken back; [`MOST_GUESSED`] do so at once.
+    trail: u64,
     /// Bytes of a block of keys and values.
     block: u64,
     /// Prompt tokens of a step.
@@ -81,15 +114,23 @@ impl Demand {
         let host_snapshots = match limits.host_snapshot_bytes {
             _ if on_host || !limits.prefix_cache => 0,
             Some(bytes) => bytes,
-            None => free_bytes(&[CPU.into()]).unwrap_or(0) / HOST_SHARE,
+            None => free_bytes(&[CPU.into()])[0].unwrap_or(0) / HOST_SHARE,
         };
-        let floor = model.state_bytes(model.context_length());
-        let most = floor.saturating_mul(limits.max_running as u64);
-        let most = most.saturating_mul(KEPT);
+        let trail = match limits.draft_tokens {
+            0 => 0,
+            drafts if model.drafts() => model.trail_bytes(1 + drafts),
+            _ => 0,
+        };
+        let whole = model.state_bytes(model.context_length());
+        let floor = whole + trail;
+        let most = whole.saturating_mul(limits.max_running as u64);
+        let trails = trail * limits.max_running.min(MOST_GUESSED) as u64;
+        let most = most.saturating_mul(KEPT).saturating_add(trails);
         Self {
             floor,
             most: most.min(limits.state_bytes.unwrap_or(u64::MAX)).max(floor),
             fixed: model.state_bytes(0),
+            trail,
             block: (model.state_bytes(BLOCK) - model.state_bytes(0)).max(1),
             prefill_tokens,
             host_snapshots,
@@ -99,16 +140,38 @@ impl Demand {
         }
     }
 
+    /// Bytes that one sequence of so many tokens must have.
+    pub(super) fn sequence_bytes(&self, model: &dyn CausalLm, tokens: usize) -> u64 {
+        model.state_bytes(tokens).saturating_add(self.trail)
+    }
+
+    /// Bytes that so many sequences take beside their blocks.
+    fn states(&self, running: usize) -> u64 {
+        running as u64 * self.fixed + running.min(MOST_GUESSED) as u64 * self.trail
+    }
+
+    /// How many sequences may run beside one that has all it can need, on `left` bytes beside those of that one.
+    fn further(&self, left: u64) -> usize {
+        let as_many = |bytes: u64, each: u64| {
+            let count = bytes.checked_div(each).unwrap_or(u64::MAX);
+            usize::try_from(count).unwrap_or(usize::MAX)
+        };
+        let guessed = as_many(left, self.fixed + self.trail).min(MOST_GUESSED - 1);
+        if guessed < MOST_GUESSED - 1 {
+            return guessed;
+        }
+        let left = left - guessed as u64 * (self.fixed + self.trail);
+        as_many(left, self.fixed).saturating_add(guessed)
+    }
+
     /// How many sequences may run on `budget` bytes, on how many blocks, and what saved states may hold. One sequence of full
     /// length takes all at the most.
     fn bounds(&self, budget: u64) -> Bounds {
         let snapshots = (budget / SNAPSHOT_SHARE).min(budget - self.floor);
         let left = budget - snapshots;
-        let most = self.max_running;
-        let further = (left - self.floor).checked_div(self.fixed);
-        let further = further.map_or(most, |count| usize::try_from(count).unwrap_or(most));
-        let running = further.saturating_add(1).min(most);
-        let blocks = (left - running as u64 * self.fixed) / self.block;
+        let further = self.further(left - self.floor);
+        let running = further.saturating_add(1).min(self.max_running);
+        let blocks = (left - self.states(running)) / self.block;
         let kept = if self.prefix_cache { snapshots } else { 0 };
         Bounds {
             max_running: running,
@@ -122,56 +185,66 @@ impl Demand {
 }
 
 impl Budgets {
-    /// The memory of `devices`, of which `free` tells.
-    pub(super) fn new(free: Arc<FreeBytes>, devices: Vec<String>) -> Self {
+    /// The memory of the devices of which `free` tells.
+    pub(super) fn new(free: Arc<FreeBytes>) -> Self {
         Self {
             free,
-            devices,
             members: BTreeMap::new(),
         }
     }
 
     /// Bytes that the weights of a further model could take: all that is free, and what states hold beyond the least that
     /// their models must have. None when the system does not tell.
-    pub(super) fn room_for_weights(&mut self) -> Option<u64> {
-        let beside_weights = self.beside_weights()?;
-        let floors = self.floors().div_ceil(STATE_PARTS).saturating_mul(10);
-        Some(beside_weights.saturating_sub(floors))
+    pub(super) fn room_for_weights(&mut self, on: &Spread) -> Option<u64> {
+        let beside_weights: Option<Vec<u64>> = self.beside_weights(&on.0).into_iter().collect();
+        let rooms = beside_weights?.into_iter().zip(&on.0);
+        Some(on.within(rooms.map(|(there, device)| {
+            let floors = self.floors(device).div_ceil(STATE_PARTS).saturating_mul(10);
+            there.saturating_sub(floors)
+        })))
     }
 
     /// Sets memory aside for the weights of a model that is about to be read. States of others have left it when this
     /// returns.
-    pub(super) fn reserve(&mut self, load: u64, weights: u64, progress: Arc<AtomicU32>) {
-        let member = Member::Reading { weights, progress };
-        self.members.insert(load, member);
+    pub(super) fn reserve(
+        &mut self,
+        load: u64,
+        spread: Spread,
+        weights: u64,
+        progress: Arc<AtomicU32>,
+    ) {
+        let life = Life::Reading { weights, progress };
+        self.members.insert(load, Member { spread, life });
         self.share_out();
     }
 
     /// Bytes that states of the model could have, were all others to keep the least they must. Its weights are there: what was
     /// set aside for them is theirs.
-    pub(super) fn room_for_states(&mut self, load: u64) -> u64 {
+    pub(super) fn room_for_states(&mut self, load: u64, on: &Spread) -> u64 {
         self.members.remove(&load);
-        self.total().saturating_sub(self.floors())
+        let totals = self.totals(&on.0).into_iter().zip(&on.0);
+        on.within(totals.map(|(total, device)| total.saturating_sub(self.floors(device))))
     }
 
     /// Gives a model its part, whose weights are there. States of others have left it when this returns.
-    pub(super) fn admit(&mut self, load: u64, demand: Demand) -> Bounds {
-        let member = Member::Serving {
+    pub(super) fn admit(&mut self, load: u64, spread: Spread, demand: Demand) -> Bounds {
+        let life = Life::Serving {
             demand,
             budget: demand.floor,
             engine: None,
         };
-        self.members.insert(load, member);
+        self.members.insert(load, Member { spread, life });
         self.share_out();
-        match self.members.get(&load) {
-            Some(Member::Serving { budget, .. }) => demand.bounds(*budget),
+        match self.members.get(&load).map(|member| &member.life) {
+            Some(Life::Serving { budget, .. }) => demand.bounds(*budget),
             _ => demand.bounds(demand.floor),
         }
     }
 
     /// The engine that lives within the bounds that [`Self::admit`] gave, to be told when they change.
     pub(super) fn started(&mut self, load: u64, started: Engine) {
-        if let Some(Member::Serving { engine, .. }) = self.members.get_mut(&load) {
+        let life = self.members.get_mut(&load).map(|member| &mut member.life);
+        if let Some(Life::Serving { engine, .. }) = life {
             *engine = Some(started);
         }
     }
@@ -182,71 +255,117 @@ impl Budgets {
         self.share_out();
     }
 
-    /// Bytes for states and all else that is not weights. None when the system does not tell.
-    fn beside_weights(&mut self) -> Option<u64> {
+    /// Bytes on each of `devices` for states and all else that is not weights. None where the system does not tell.
+    fn beside_weights(&mut self, devices: &[String]) -> Vec<Option<u64>> {
         // an engine that has failed holds nothing and wants nothing
-        self.members.retain(|_, member| match member {
-            Member::Serving {
+        self.members.retain(|_, member| match &member.life {
+            Life::Serving {
                 engine: Some(engine),
                 ..
             } => !engine.has_ended(),
             _ => true,
         });
-        let engines = || {
-            self.members.values().filter_map(|member| match member {
-                Member::Serving { engine, .. } => engine.as_ref(),
-                Member::Reading { .. } => None,
-            })
-        };
         // Engines go on meanwhile. Whether one takes or frees memory, the smaller of both counts does not make free what is not.
-        let held = || engines().map(Engine::held_bytes).sum::<u64>();
-        let before = held();
-        let free = (self.free)(&self.devices)?;
-        let held = before.min(held());
-        let to_come = self.members.values().map(|member| match member {
-            Member::Reading { weights, progress } => {
+        let before = self.held(devices);
+        let free = (self.free)(devices);
+        let held = self.held(devices);
+        let to_come = self.sums(devices, |member| match &member.life {
+            Life::Reading { weights, progress } => {
                 let there = f32::from_bits(progress.load(Ordering::Relaxed));
-                (*weights as f64 * (1.0 - f64::from(there.clamp(0.0, 1.0)))) as u64
+                let to_come = (*weights as f64 * (1.0 - f64::from(there.clamp(0.0, 1.0)))) as u64;
+                to_come.div_ceil(member.spread.count())
             }
-            Member::Serving { .. } => 0,
+            Life::Serving { .. } => 0,
         });
-        Some(free.saturating_add(held).saturating_sub(to_come.sum()))
+        let held = before.into_iter().zip(held).map(|(a, b)| a.min(b));
+        let free = free.into_iter().zip(held).zip(to_come);
+        free.map(|((free, held), to_come)| {
+            let there = free?.saturating_add(held);
+            Some(there.saturating_sub(to_come))
+        })
+        .collect()
     }
 
-    /// Bytes that all budgets together may be.
-    fn total(&mut self) -> u64 {
-        self.beside_weights().map_or(u64::MAX, for_states)
-    }
-
-    /// What each model that serves can do with memory, in the order of the members.
-    fn demands(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.members.values().filter_map(|member| match member {
-            Member::Serving { demand, .. } => Some((demand.floor, demand.most)),
-            Member::Reading { .. } => None,
+    /// What states hold on each of `devices`.
+    fn held(&self, devices: &[String]) -> Vec<u64> {
+        self.sums(devices, |member| match &member.life {
+            Life::Serving {
+                engine: Some(engine),
+                ..
+            } => engine.held_bytes() / member.spread.count(),
+            _ => 0,
         })
     }
 
-    /// The least that all models together must have.
-    fn floors(&self) -> u64 {
-        let floors = self.demands().map(|(floor, _)| floor);
-        floors.fold(0, u64::saturating_add)
+    /// What `of` comes to on each of `devices`; it is asked once for each model, for any of its devices.
+    fn sums(&self, devices: &[String], of: impl Fn(&Member) -> u64) -> Vec<u64> {
+        let mut sums = vec![0_u64; devices.len()];
+        for member in self.members.values() {
+            let each = of(member);
+            for (sum, device) in sums.iter_mut().zip(devices) {
+                if member.spread.0.contains(device) {
+                    *sum = sum.saturating_add(each);
+                }
+            }
+        }
+        sums
+    }
+
+    /// Bytes on each of `devices` that all budgets together may be.
+    fn totals(&mut self, devices: &[String]) -> Vec<u64> {
+        let beside_weights = self.beside_weights(devices).into_iter();
+        beside_weights
+            .map(|there| there.map_or(u64::MAX, for_states))
+            .collect()
+    }
+
+    /// The least that all models together must have on `device`.
+    fn floors(&self, device: &String) -> u64 {
+        let floors = self.sums(std::slice::from_ref(device), |member| match &member.life {
+            Life::Serving { demand, .. } => demand.floor.div_ceil(member.spread.count()),
+            Life::Reading { .. } => 0,
+        });
+        floors[0]
+    }
+
+    /// What each model that serves can do with memory, in the order of the members. Its devices are told by their places in
+    /// `devices`.
+    fn wants(&self, devices: &[String]) -> Vec<Want> {
+        let wants = self.members.values().filter_map(|member| {
+            let Life::Serving { demand, .. } = &member.life else {
+                return None;
+            };
+            let floor = demand.floor.div_ceil(member.spread.count());
+            let most = demand.most / member.spread.count();
+            let place = |id: &String| devices.iter().position(|device| device == id);
+            Some(Want {
+                floor,
+                most: most.max(floor),
+                devices: member.spread.0.iter().filter_map(place).collect(),
+            })
+        });
+        wants.collect()
     }
 
     /// Gives every model its part of what there is now: first those get less that had more, and once they have let go the others
     /// get more.
     fn share_out(&mut self) {
-        let total = self.total();
-        let demands: Vec<_> = self.demands().collect();
-        let mut shares = fair(total, &demands).into_iter();
+        let spreads = self.members.values().map(|member| &member.spread.0);
+        let mut devices: Vec<String> = spreads.flatten().cloned().collect();
+        devices.sort_unstable();
+        devices.dedup();
+        let totals = self.totals(&devices);
+        let mut shares = fair(&totals, &self.wants(&devices)).into_iter();
         let (mut giving, mut taking) = (Vec::new(), Vec::new());
         for member in self.members.values_mut() {
-            if let Member::Serving {
+            if let Life::Serving {
                 demand,
                 budget,
                 engine,
-            } = member
+            } = &mut member.life
                 && let Some(share) = shares.next()
             {
+                let share = share.saturating_mul(member.spread.count());
                 let before = std::mem::replace(budget, share);
                 let bounds = demand.bounds(share);
                 match engine {
@@ -276,20 +395,43 @@ fn for_states(beside_weights: u64) -> u64 {
     beside_weights / 10 * STATE_PARTS
 }
 
-/// Shares `total` among demands of a floor and a most each: everybody has the floor, even where that is more than there is, and
-/// what is left beyond the floors goes in equal parts to those that have a use for it.
-fn fair(total: u64, demands: &[(u64, u64)]) -> Vec<u64> {
-    let mut shares: Vec<u64> = demands.iter().map(|(floor, _)| *floor).collect();
-    let floors = shares.iter().copied().fold(0, u64::saturating_add);
-    let mut left = total.saturating_sub(floors);
-    let wants = demands.iter().map(|(floor, most)| most - floor);
-    let mut wants: Vec<(u64, usize)> = wants.zip(0..).collect();
-    // who wants least is served first: what it leaves of its equal part is the others'
-    wants.sort_unstable();
-    for (at, (want, index)) in wants.iter().enumerate() {
-        let given = (*want).min(left / (wants.len() - at) as u64);
-        shares[*index] += given;
-        left -= given;
+/// What a model can do with memory on each of its devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Want {
+    floor: u64,
+    most: u64,
+    devices: Vec<usize>,
+}
+
+/// What each of `wants` gets on each of its devices, where `totals` are there: everybody has the floor, even where that is more
+/// than there is, and what is left beyond the floors goes in equal parts to those that have a use for it. Who can have less,
+/// as one of its devices has little, leaves on its other devices what it cannot take.
+fn fair(totals: &[u64], wants: &[Want]) -> Vec<u64> {
+    let mut shares: Vec<u64> = wants.iter().map(|want| want.floor).collect();
+    let mut left = totals.to_vec();
+    let mut sharing = vec![0; totals.len()];
+    for want in wants {
+        for device in &want.devices {
+            left[*device] = left[*device].saturating_sub(want.floor);
+            sharing[*device] += 1;
+        }
+    }
+    let mut open: Vec<usize> = (0..wants.len()).collect();
+    // who gets least is served first: equal parts of what is left then never fall below that
+    let part = |index: usize, left: &[u64], sharing: &[u64]| {
+        let devices = wants[index].devices.iter();
+        let wanted = wants[index].most - wants[index].floor;
+        let given = devices.map(|device| left[*device] / sharing[*device]);
+        (given.min().unwrap_or(u64::MAX).min(wanted), wanted, index)
+    };
+    while let Some((given, _, index)) = open.iter().map(|index| part(*index, &left, &sharing)).min()
+    {
+        open.retain(|other| *other != index);
+        shares[index] += given;
+        for device in &wants[index].devices {
+            left[*device] -= given;
+            sharing[*device] -= 1;
+        }
     }
     shares
 }
