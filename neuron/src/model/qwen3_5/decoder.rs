@@ -128,7 +128,10 @@ impl DecoderLayer {
 
     /// Whether it can only be computed with the host's help, between two of its kernels.
     pub(super) fn needs_host(&self) -> bool {
-        matches!(self.mlp, FeedForward::Sparse(_))
+        match &self.mlp {
+            FeedForward::Dense(_) => false,
+            FeedForward::Sparse(block) => block.needs_host(),
+        }
     }
 
     /// What it keeps of each token, where it keeps keys and values.
