@@ -193,3 +193,69 @@ impl ExpertMatrices {
         Ok(y)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulated::emulated_gpu;
+    use crate::kernels::testing::numbers;
+    use crate::quant::Format;
+
+    /// Numbers that every format here has exactly.
+    fn eighths(seed: u64, count: usize) -> Vec<f32> {
+        let numbers = numbers(seed, count).into_iter();
+        numbers.map(|x| (x * 8.0).round() / 8.0).collect()
+    }
+
+    #[test]
+    fn rows_meet_the_experts_they_go_to_whatever_those_are_held_in_and_whoever_else_goes_there() {
+        const EXPERTS: usize = 7;
+        const CHOSEN: usize = 3;
+        let Some(gpu) = emulated_gpu() else { return };
+        let (n, k) = (20, 36);
+        let formats = [Format::F32, Format::Bf16, Format::F16];
+        let numbers_of: Vec<Vec<f32>> = (0..2 * EXPERTS as u64)
+            .map(|seed| eighths(seed, n * k))
+            .collect();
+        let matrices = numbers_of.iter().enumerate().map(|(at, numbers)| {
+            let rows = |row: usize, out: &mut [f32]| out.copy_from_slice(&numbers[row * k..][..k]);
+            let made = DeviceMatrix::from_rows(&gpu, formats[at % 3], (n, k), &rows, |_| {});
+            made.unwrap().expect("every number fits")
+        });
+        let matrices: Vec<DeviceMatrix> = matrices.collect();
+        let (first, second) = matrices.split_at(EXPERTS);
+        let experts = ExpertMatrices::new(&gpu, &[first.to_vec(), second.to_vec()]).unwrap();
+        assert_eq!(experts.tables.len(), 3, "a table a format");
+        for rows in [1, 2, 5, MOST_ROWS] {
+            let logits = numbers(40, rows * EXPERTS);
+            let mut x = eighths(41, rows * k);
+            let mut before = None;
+            for others in [1.0, 0.5] {
+                x[k..].iter_mut().for_each(|x| *x *= others);
+                let logits_at = DeviceRows::of(&gpu, &logits, EXPERTS).unwrap();
+                let route = Route::new(&logits_at, CHOSEN, true).unwrap();
+                let x_at = DeviceRows::of(&gpu, &x, k).unwrap();
+                let found = experts.multiply(&x_at, Meets::Rows, &route).unwrap();
+                let found = found.numbers().unwrap();
+                for part in 0..2 {
+                    for visit in 0..rows * CHOSEN {
+                        let (row, choice) = (visit / CHOSEN, visit % CHOSEN);
+                        let logits = &logits[row * EXPERTS..][..EXPERTS];
+                        let mut order: Vec<usize> = (0..EXPERTS).collect();
+                        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+                        let w = &numbers_of[part * EXPERTS + order[choice]];
+                        let x = &x[row * k..][..k];
+                        let found = &found[(part * rows * CHOSEN + visit) * n..][..n];
+                        for (found, w) in found.iter().zip(w.chunks_exact(k)) {
+                            let products = x.iter().zip(w).map(|(x, w)| f64::from(x * w));
+                            let expected: f64 = products.sum();
+                            assert!((f64::from(*found) - expected).abs() < 1e-5, "{rows} rows");
+                        }
+                    }
+                }
+                let own = found[..CHOSEN * n].to_vec();
+                assert_eq!(*before.get_or_insert(own.clone()), own, "{rows} rows");
+            }
+        }
+    }
+}

@@ -41,6 +41,12 @@ impl Mlp {
         self.down_proj.partial(&self.gated(x)?)
     }
 
+    /// Bytes of its weights.
+    pub(super) fn bytes(&self) -> u64 {
+        let [gate, up] = [&self.gate_proj, &self.up_proj].map(ColumnParallelLinear::weight);
+        gate.bytes() + up.bytes() + self.down_proj.weight().bytes()
+    }
+
     /// Its matrices (gate, up and down) where they are on a device.
     pub(super) fn on_device(&self) -> Option<[&DeviceMatrix; 3]> {
         let [gate, up] = [&self.gate_proj, &self.up_proj].map(ColumnParallelLinear::weight);

@@ -183,6 +183,13 @@ impl SparseMoeBlock {
         Ok(visits)
     }
 
+    /// Bytes of the experts that a step of so many rows leaves alone, if rows choose with no preference.
+    pub(super) fn idle_bytes(&self, rows: usize) -> u64 {
+        let all: u64 = self.experts.iter().map(Mlp::bytes).sum();
+        let chosen = self.per_token as f64 / self.experts.len() as f64;
+        (all as f64 * (1.0 - chosen).powf(rows as f64)) as u64
+    }
+
     /// Whether the host has a part even in steps of few rows, where they are on a device.
     pub(super) fn needs_host(&self) -> bool {
         self.chosen.is_none()
