@@ -1,18 +1,22 @@
 //! Experts on a device that chooses among them itself: nothing of a step of few rows waits for the host.
 
 use super::matrix::{DeviceMatrix, Numerals, blocks, gemv};
-use super::{BLOCK, DeviceRows, int, launch};
+use super::{BLOCK, DeviceRows, graphs, int, launch};
 use crate::gpu::{Arg, Buffer, Gpu, GpuError, Scratch};
 
 type Result<T> = std::result::Result<T, GpuError>;
 
-/// Rows of a step, experts, and experts for each row that `experts.cu` has room for.
+/// Rows of a step that `experts.cu` has room for.
 pub(crate) const MOST_ROWS: usize = 64;
+/// Experts, and how many of them a row may go to.
 const MOST_EXPERTS: usize = 512;
 const MOST_CHOSEN: usize = 16;
 
 /// Rows that a product takes at once, of those that go to one expert. A single row goes to each of its experts alone.
 const TOGETHER: usize = 4;
+
+// steps that are recorded do without the host
+const _: () = assert!(graphs::MOST_ROWS <= MOST_ROWS);
 
 /// Whether the device can choose `chosen` of `experts` experts.
 pub(crate) fn can_route(experts: usize, chosen: usize) -> bool {
