@@ -235,7 +235,7 @@ pub fn measure(
     for batch in args.batch.iter().copied().filter(written) {
         let seconds = median(args.rounds, || decode(model, batch, args))?;
         let steps_per_second = args.generate as f64 / seconds;
-        let bytes_per_second = steps_per_second * model.weight_bytes() as f64;
+        let bytes_per_second = steps_per_second * model.step_bytes(batch) as f64;
         measurements.push(Measurement {
             what: "decode",
             batch,
@@ -298,13 +298,15 @@ fn decode(model: &dyn CausalLm, batch: usize, args: &Measure) -> Result<f64, Mod
     let written = ids(model, args.generate);
     let step = |states: &mut [SequenceState], id: u32| {
         let mut rows = Batch::default();
+        let vocab = model.vocab_size();
         for state in 0..states.len() {
-            rows.push(state, &[id], LogitRows::Last);
+            // each writes its own, or all would go to the same experts
+            let own = (id as usize + 104_729 * state) % vocab.max(1);
+            rows.push(state, &[own as u32], LogitRows::Last);
         }
         let mut states: Vec<&mut SequenceState> = states.iter_mut().collect();
         // as the engine does where the likeliest token is taken
         let rules = vec![Rule::likeliest(); states.len()];
-        let vocab = model.vocab_size();
         let chosen = model.forward_chosen(&rows, &mut states, &rules, vocab);
         chosen.map(drop)
     };
@@ -370,6 +372,19 @@ mod tests {
             let steps = one.tokens_per_second / one.batch as f64;
             let share = steps * model.weight_bytes() as f64 / bandwidth;
             assert!((one.bandwidth_share.unwrap() / share - 1.0).abs() < 1e-9);
+        }
+        // of eight experts three: a step of one token reads less than all, and one of many hardly less
+        let folder = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/models/qwen3_5_moe_vl"
+        );
+        for ranks in [1, 2] {
+            let sparse = parallel::load(folder.as_ref(), &LoadOptions::cpu(), ranks, &|_| {});
+            let sparse = sparse.unwrap();
+            let share = |rows| sparse.step_bytes(rows) as f64 / sparse.weight_bytes() as f64;
+            assert!(share(1) < 0.8, "{}", share(1));
+            assert!((0.99..=1.0).contains(&share(64)), "{}", share(64));
+            assert!(share(1) < share(2));
         }
         (args.prompt, args.generate) = (0, 0);
         assert!(measure(&*model, &args, bandwidth).unwrap().is_empty());

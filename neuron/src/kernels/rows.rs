@@ -121,6 +121,14 @@ impl Weight {
         }
     }
 
+    /// The matrix on the device, where it is there.
+    pub(crate) fn on_device(&self) -> Option<&DeviceMatrix> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(matrix) => Some(matrix),
+        }
+    }
+
     /// The format of its numbers.
     #[must_use]
     pub fn format(&self) -> Format {

@@ -52,6 +52,11 @@ pub trait CausalLm: Send {
         }
     }
 
+    /// Bytes of weights that a step of so many rows reads, if each is read once: of experts, those that a row is likely to go to.
+    fn step_bytes(&self, _rows: usize) -> u64 {
+        self.weight_bytes()
+    }
+
     /// Bytes one sequence's state holds at `tokens` tokens.
     fn state_bytes(&self, tokens: usize) -> u64;
 

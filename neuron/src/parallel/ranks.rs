@@ -214,6 +214,12 @@ impl CausalLm for Ranks {
         }
     }
 
+    fn step_bytes(&self, rows: usize) -> u64 {
+        // every rank has the same part of each matrix
+        let part = self.first.step_bytes(rows) as f64 / self.first.weight_bytes().max(1) as f64;
+        (part * self.weight_bytes() as f64) as u64
+    }
+
     fn state_bytes(&self, tokens: usize) -> u64 {
         let others = self.others.iter().map(|(_, part)| {
             let blocks = KvShape::blocks(tokens) * part.pool.block_bytes();

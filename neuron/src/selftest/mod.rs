@@ -83,7 +83,7 @@ pub enum SelftestError {
     #[error("no room for the fixtures: {0}")]
     Fixtures(#[from] std::io::Error),
     /// There is no such shape.
-    #[error("there is no shape `{0}`; there are 0.8b, 2b, 4b, 9b, 27b and none")]
+    #[error("there is no shape `{0}`; there are 0.8b, 2b, 4b, 9b, 27b, 35b-a3b and none")]
     Shape(String),
 }
 
@@ -671,7 +671,17 @@ mod tests {
         passes(Case {
             fixture: "qwen3_5_moe_vl",
             format: Format::F32,
-            chunks: &[Some(7)],
+            chunks: &[None, Some(7)],
+            ways: true,
+        });
+    }
+
+    #[test]
+    fn experts_of_the_family_before_are_right_on_a_device() {
+        passes(Case {
+            fixture: "qwen3_next_moe",
+            format: Format::F32,
+            chunks: &[Some(1)],
             ways: false,
         });
     }
@@ -691,19 +701,22 @@ mod tests {
         let (Some(one), Some(other)) = (emulated_gpu(), emulated_gpu()) else {
             return;
         };
-        let fixture = folder().join("qwen3_5_text");
-        let args = VerifyArgs {
-            reference: fixture.join("golden.safetensors"),
-            model: fixture,
-            chunk: Some(40),
-            tolerance: TOLERANCE,
-            quant: None,
-            world_size: 2,
-            device: "cuda:0".into(),
-            max_kl: None,
-        };
-        let report = verify::run_at(&args, &[Place::Gpu(one), Place::Gpu(other)]).unwrap();
-        assert!(report.passed(), "{report}");
+        for name in ["qwen3_5_text", "qwen3_5_moe_vl"] {
+            let fixture = folder().join(name);
+            let args = VerifyArgs {
+                reference: fixture.join("golden.safetensors"),
+                model: fixture,
+                chunk: Some(40),
+                tolerance: TOLERANCE,
+                quant: Some(Format::F32),
+                world_size: 2,
+                device: "cuda:0".into(),
+                max_kl: None,
+            };
+            let places = [&one, &other].map(|gpu| Place::Gpu(gpu.clone()));
+            let report = verify::run_at(&args, &places).unwrap();
+            assert!(report.passed(), "{name}: {report}");
+        }
     }
 
     #[test]

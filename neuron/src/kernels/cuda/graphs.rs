@@ -102,6 +102,15 @@ impl Graphs {
 }
 
 #[cfg(test)]
+impl Graphs {
+    /// How many steps have been recorded.
+    pub(crate) fn recorded(&self) -> usize {
+        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.done.values().flatten().count()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::gpu::emulated::emulated_gpu;

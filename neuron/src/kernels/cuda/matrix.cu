@@ -328,9 +328,23 @@ struct Stretch {
   float joined[GEMV_WARPS][ROWS * M]; // sums of warps that share a pair
 };
 
+// Which rows of x are multiplied, and where their products go: one after another, or those of a list, where the product
+// of visit v goes to row v and `share` visits in a row have one row of x.
+struct Side {
+  const float* x;
+  float* y;
+  const int* visits; // null: in order
+  int count, share;
+  __device__ __forceinline__ const float* from(int m, int k) const {
+    return x + (long long)(visits ? __ldg(visits + m) / share : m) * k;
+  }
+  __device__ __forceinline__ float* to(int m, int n) const {
+    return y + (long long)(visits ? __ldg(visits + m) : m) * n;
+  }
+};
+
 template <class F, int M, bool ALIGNED>
-__device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights, const float* x, float* y, int n,
-                                     int k) {
+__device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights, const Side& side, int n, int k) {
   constexpr int UNITS = Stretch<F, M>::UNITS, QUADS = Stretch<F, M>::QUADS, PLANE = Stretch<F, M>::PLANE;
   constexpr int ROWS = Stretch<F, M>::ROWS, GROUP_QUADS = QUADS / F::GROUPS;
   // units of each row that a lane has under way
@@ -369,13 +383,14 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
 
       if (!staged) {
         __syncthreads(); // nobody reads the last stretch any more
-        for (int m = 0; m < M; ++m)
+        // rows beyond the count stay as they are: nobody looks at their sums
+        for (int m = 0; m < side.count; ++m)
           for (int quad = threadIdx.x; quad < UNITS * QUADS; quad += GEMV_THREADS) {
             const int column = begin * F::UNIT + quad * 4;
             if (column >= k && column >= end * F::UNIT) break;
-            const float* from = x + (long long)m * k + column;
+            const float* from = side.from(m, k) + column;
             float4 four;
-            if (k % 4 == 0 && column < k && reinterpret_cast<unsigned long long>(x) % 16 == 0)
+            if (k % 4 == 0 && column < k && reinterpret_cast<unsigned long long>(side.x) % 16 == 0)
               four = __ldg(reinterpret_cast<const float4*>(from));
             else
               four = make_float4(column < k ? from[0] : 0.0f, column + 1 < k ? from[1] : 0.0f,
@@ -462,7 +477,7 @@ __device__ __forceinline__ void gemv(Stretch<F, M>& stretch, const void* weights
         for (int m = 0; m < M; ++m) {
           float sum = sums[r][m];
           for (int other = 1; other < split; ++other) sum += stretch.joined[warp + other][r * M + m];
-          if (row + r < n) y[(long long)m * n + row + r] = sum;
+          if (row + r < n && m < side.count) side.to(m, n)[row + r] = sum;
         }
     }
     if (split > 1) __syncthreads(); // `joined` is free again
@@ -546,12 +561,30 @@ extern "C" __global__ void to_bf16(const float* x, unsigned short* y, long long 
 KERNEL(to_bf16)
 
 template <class F, int M>
-__device__ __forceinline__ void gemv(const void* w, const float* x, float* y, int n, int k) {
+__device__ __forceinline__ void gemv(const void* w, const Side& side, int n, int k) {
   __shared__ Stretch<F, M> stretch;
   if (aligned<F>(w, k))
-    gemv<F, M, true>(stretch, w, x, y, n, k);
+    gemv<F, M, true>(stretch, w, side, n, k);
   else
-    gemv<F, M, false>(stretch, w, x, y, n, k);
+    gemv<F, M, false>(stretch, w, side, n, k);
+}
+
+// The same where the device may have chosen the matrices, which it has where there are `groups` (see experts.cu): each
+// is a matrix of the table `w` and up to M visits to it. Grid: as ever, then groups, then parts; a part has a table of
+// `experts` matrices and products of its own for `all` visits. A null in the table is a matrix of another format.
+template <class F, int M>
+__device__ __forceinline__ void gemv(const void* w, const float* x, float* y, int n, int k, const int4* groups,
+                                     const int* visits, int all, int share, int experts) {
+  Side side = {x, y, nullptr, M, 1};
+  if (groups) {
+    const int4 group = __ldg(groups + blockIdx.y); // matrix, first visit, visits
+    if (group.z == 0) return;
+    const unsigned long long* table = static_cast<const unsigned long long*>(w);
+    w = reinterpret_cast<const void*>(__ldg(table + (long long)blockIdx.z * experts + group.x));
+    if (!w) return;
+    side = {x, y + (long long)blockIdx.z * all * n, visits + group.y, group.z, share};
+  }
+  gemv<F, M>(w, side, n, k);
 }
 
 // Blocks that a processor is to have room for.
@@ -559,13 +592,20 @@ __device__ __forceinline__ void gemv(const void* w, const float* x, float* y, in
 #define GEMV(name, F, M)                                                                               \
   extern "C" __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS(F, M))                        \
       gemv_##name##_##M(const void* w, const float* x, float* y, int n, int k) {                       \
-    gemv<F, M>(w, x, y, n, k);                                                                         \
+    gemv<F, M>(w, Side{x, y, nullptr, M, 1}, n, k);                                                    \
+  }                                                                                                    \
+  KERNEL(gemv_##name##_##M)
+#define GEMV_CHOSEN(name, F, M)                                                                        \
+  extern "C" __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS(F, M))                        \
+      gemv_##name##_##M(const void* w, const float* x, float* y, int n, int k, const int4* groups,     \
+                        const int* visits, int all, int share, int experts) {                          \
+    gemv<F, M>(w, x, y, n, k, groups, visits, all, share, experts);                                    \
   }                                                                                                    \
   KERNEL(gemv_##name##_##M)
 #define FORMAT(name, F)                                                                                \
-  GEMV(name, F, 1)                                                                                     \
+  GEMV_CHOSEN(name, F, 1)                                                                              \
   GEMV(name, F, 2)                                                                                     \
-  GEMV(name, F, 4)                                                                                     \
+  GEMV_CHOSEN(name, F, 4)                                                                              \
   GEMV(name, F, 8)                                                                                     \
   extern "C" __global__ void embed_##name(const unsigned int* ids, const void* table, float* y,        \
                                           int width, int first, int rows) {                            \

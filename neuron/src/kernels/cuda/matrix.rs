@@ -18,7 +18,7 @@ pub struct DeviceMatrix {
 
 /// What the numbers of a matrix are held as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Numerals {
+pub(super) enum Numerals {
     /// As on the CPU.
     Of(Format),
     /// In 8 bits, four of them an exponent, and behind all of them the scales in f32 of blocks of 128 by 128.
@@ -124,6 +124,16 @@ impl DeviceMatrix {
     #[must_use]
     pub(crate) fn bytes(&self) -> u64 {
         self.numbers.bytes() as u64
+    }
+
+    /// Where its numbers are.
+    pub(super) fn address(&self) -> Address {
+        self.numbers.address()
+    }
+
+    /// What its numbers are held as.
+    pub(super) fn numerals(&self) -> Numerals {
+        self.numerals
     }
 
     fn arg(&self) -> Arg {
@@ -282,11 +292,37 @@ macro_rules! by_rows {
     };
 }
 
-/// Blocks for weights of `n` rows: warps of a block take two rows each, or share them where there would be too few blocks
-/// to fill the device. A single row of x is cheapest to bring in where blocks go on to further rows.
-fn blocks(n: usize, rows: usize, gpu: &Gpu) -> usize {
+/// The kernel that multiplies `rows` rows with weights as they are.
+pub(super) fn gemv(numerals: Numerals, rows: usize) -> &'static str {
+    match numerals {
+        Numerals::Fp8 => by_rows!(rows, "fp8"),
+        Numerals::Of(Format::F32) => by_rows!(rows, "f32"),
+        Numerals::Of(Format::F16) => by_rows!(rows, "f16"),
+        Numerals::Of(Format::Bf16) => by_rows!(rows, "bf16"),
+        Numerals::Of(Format::Q8_0) => by_rows!(rows, "q8_0"),
+        Numerals::Of(Format::Q6K) => by_rows!(rows, "q6_k"),
+        Numerals::Of(Format::Q5K) => by_rows!(rows, "q5_k"),
+        Numerals::Of(Format::Q4K) => by_rows!(rows, "q4_k"),
+    }
+}
+
+/// Numbers of rows whose kernels also multiply with matrices that the device chooses.
+const CHOOSING: [usize; 2] = [1, 4];
+
+/// What a kernel is told where the device chooses nothing.
+const NOT_CHOSEN: [Arg; 5] = [
+    Arg::Address(0),
+    Arg::Address(0),
+    Arg::Int(0),
+    Arg::Int(0),
+    Arg::Int(0),
+];
+
+/// Blocks for weights of `n` rows, of which there are `beside` at once: warps of a block take two rows each, or share them where
+/// there would be too few blocks to fill the device. A single row of x is cheapest to bring in where blocks go on to further rows.
+pub(super) fn blocks(n: usize, rows: usize, beside: usize, gpu: &Gpu) -> usize {
     const OF_BLOCK: usize = 16;
-    let busy = 4 * gpu.driver().processors() as usize;
+    let busy = (4 * gpu.driver().processors() as usize).div_ceil(beside);
     match n.div_ceil(OF_BLOCK) {
         few if few < busy => few.max(n.div_ceil(2).min(busy)),
         _ if rows == 1 => busy,
@@ -303,25 +339,18 @@ fn few_rows(x: &DeviceRows, weight: &DeviceMatrix, y: &DeviceRows) -> Result<(),
             .into_iter()
             .find(|rows| *rows <= left)
             .expect("there is a row left");
-        let kernel = match weight.numerals {
-            Numerals::Fp8 => by_rows!(rows, "fp8"),
-            Numerals::Of(Format::F32) => by_rows!(rows, "f32"),
-            Numerals::Of(Format::F16) => by_rows!(rows, "f16"),
-            Numerals::Of(Format::Bf16) => by_rows!(rows, "bf16"),
-            Numerals::Of(Format::Q8_0) => by_rows!(rows, "q8_0"),
-            Numerals::Of(Format::Q6K) => by_rows!(rows, "q6_k"),
-            Numerals::Of(Format::Q5K) => by_rows!(rows, "q5_k"),
-            Numerals::Of(Format::Q4K) => by_rows!(rows, "q4_k"),
-        };
-        let args = [
+        let mut args = vec![
             weight.arg(),
             Arg::Address(x.row(first)),
             Arg::Address(y.row(first)),
             int(weight.rows),
             int(weight.width),
         ];
-        let grid = [blocks(weight.rows, rows, x.gpu()), 1, 1];
-        launch(x.gpu(), kernel, grid, BLOCK, &args)?;
+        if CHOOSING.contains(&rows) {
+            args.extend(NOT_CHOSEN);
+        }
+        let grid = [blocks(weight.rows, rows, 1, x.gpu()), 1, 1];
+        launch(x.gpu(), gemv(weight.numerals, rows), grid, BLOCK, &args)?;
         first += rows;
     }
     Ok(())

@@ -6,6 +6,7 @@
 
 #[cfg(any(test, feature = "cuda"))]
 pub(crate) mod checks;
+pub(crate) mod experts;
 pub(crate) mod graphs;
 pub(crate) mod matrix;
 pub(crate) mod ops;
@@ -25,6 +26,7 @@ pub const MODULES: &[(&str, &str)] = &[
     ("conv", include_str!("conv.ptx")),
     ("delta_chunk", include_str!("delta_chunk.ptx")),
     ("delta_rule", include_str!("delta_rule.ptx")),
+    ("experts", include_str!("experts.ptx")),
     ("matrix", include_str!("matrix.ptx")),
     ("misc", include_str!("misc.ptx")),
     ("norm", include_str!("norm.ptx")),

@@ -56,6 +56,16 @@ pub(crate) fn swiglu(gate: &DeviceRows, up: &DeviceRows) -> Result<DeviceRows> {
     Ok(y)
 }
 
+/// [`swiglu`] of the first half of the rows of `both`, gates, and the second.
+pub(crate) fn swiglu_of_halves(both: &DeviceRows) -> Result<DeviceRows> {
+    let y = DeviceRows::new(both.gpu(), both.count() / 2, both.width())?;
+    let count = y.count() * y.width();
+    let up = Arg::Address(both.row(y.count()));
+    let args = [both.arg(), up, y.arg(), long(count)];
+    launch(y.gpu(), "swiglu", blocks(count), BLOCK, &args)?;
+    Ok(y)
+}
+
 /// The rows of `x` at the places in the table `index`, of which there are `count`.
 fn gather(x: &DeviceRows, index: Arg, count: usize) -> Result<DeviceRows> {
     let y = DeviceRows::new(x.gpu(), count, x.width())?;

@@ -94,6 +94,11 @@ impl ColumnParallelLinear {
         together(x, all.map(|one| &one.weight))
     }
 
+    /// Its weights.
+    pub(crate) fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
     /// Width of the own output.
     #[must_use]
     pub fn width(&self) -> usize {
@@ -136,6 +141,11 @@ impl RowParallelLinear {
     /// When an operation on the device or between ranks fails.
     pub fn forward(&self, x: &Rows) -> Result<Rows> {
         all_reduce(&*self.communicator, self.partial(x)?)
+    }
+
+    /// Its weights.
+    pub(crate) fn weight(&self) -> &Weight {
+        &self.weight
     }
 
     /// This rank's part of `x · Wᵀ`, to be summed over ranks: (t, own input) → (t, output).

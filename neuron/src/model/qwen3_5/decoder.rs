@@ -28,7 +28,7 @@ pub(super) struct DecoderLayer {
 #[derive(Debug)]
 enum FeedForward {
     Dense(Mlp),
-    Sparse(SparseMoeBlock),
+    Sparse(Box<SparseMoeBlock>),
 }
 
 /// What mixes a token with those before it.
@@ -68,7 +68,7 @@ impl DecoderLayer {
             mlp: match config.experts {
                 Some(sizes) if layer.sparse => {
                     let block = SparseMoeBlock::load(config, sizes, &weights.pp("mlp"))?;
-                    FeedForward::Sparse(block)
+                    FeedForward::Sparse(Box::new(block))
                 }
                 _ => {
                     let width = config.intermediate_size;
@@ -128,7 +128,18 @@ impl DecoderLayer {
 
     /// Whether it can only be computed with the host's help, between two of its kernels.
     pub(super) fn needs_host(&self) -> bool {
-        matches!(self.mlp, FeedForward::Sparse(_))
+        match &self.mlp {
+            FeedForward::Dense(_) => false,
+            FeedForward::Sparse(block) => block.needs_host(),
+        }
+    }
+
+    /// Bytes of weights that a step of so many rows is likely not to read.
+    pub(super) fn idle_bytes(&self, rows: usize) -> u64 {
+        match &self.mlp {
+            FeedForward::Dense(_) => 0,
+            FeedForward::Sparse(block) => block.idle_bytes(rows),
+        }
     }
 
     /// What it keeps of each token, where it keeps keys and values.

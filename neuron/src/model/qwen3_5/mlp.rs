@@ -1,6 +1,7 @@
 //! The feed-forward block.
 
 use super::config::Config;
+use crate::kernels::cuda::DeviceMatrix;
 use crate::kernels::rows::{Rows, swiglu};
 use crate::model::LoadError;
 use crate::model::layers::linear::{ColumnParallelLinear, RowParallelLinear};
@@ -38,6 +39,19 @@ impl Mlp {
     /// This rank's part of [`Mlp::forward`], to be summed over ranks.
     pub(super) fn partial(&self, x: &Rows) -> Result<Rows> {
         self.down_proj.partial(&self.gated(x)?)
+    }
+
+    /// Bytes of its weights.
+    pub(super) fn bytes(&self) -> u64 {
+        let [gate, up] = [&self.gate_proj, &self.up_proj].map(ColumnParallelLinear::weight);
+        gate.bytes() + up.bytes() + self.down_proj.weight().bytes()
+    }
+
+    /// Its matrices (gate, up and down) where they are on a device.
+    pub(super) fn on_device(&self) -> Option<[&DeviceMatrix; 3]> {
+        let [gate, up] = [&self.gate_proj, &self.up_proj].map(ColumnParallelLinear::weight);
+        let down = self.down_proj.weight();
+        Some([gate.on_device()?, up.on_device()?, down.on_device()?])
     }
 
     /// (t, hidden) → (t, own width)

@@ -31,6 +31,8 @@ mod mlp;
 mod moe;
 mod mtp;
 pub(crate) mod shapes;
+#[cfg(test)]
+mod tests;
 
 /// What a forward pass works on, handed down through the layers.
 struct Pass<'a, 's> {
@@ -374,6 +376,11 @@ impl CausalLm for Qwen3_5ForCausalLm {
 
     fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    fn step_bytes(&self, rows: usize) -> u64 {
+        let idle = self.layers.iter().map(|layer| layer.idle_bytes(rows));
+        self.weight_bytes - idle.sum::<u64>()
     }
 
     fn state_bytes(&self, tokens: usize) -> u64 {

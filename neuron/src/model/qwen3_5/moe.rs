@@ -3,8 +3,10 @@
 use super::config::{Config, Experts};
 use super::mlp::Mlp;
 use super::{Pass, Seen};
-use crate::kernels::cuda::{DeviceRows, ops};
-use crate::kernels::rows::Rows;
+use crate::gpu::{Gpu, GpuError};
+use crate::kernels::cuda::experts::{self, ExpertMatrices, Meets, Route};
+use crate::kernels::cuda::{DeviceMatrix, DeviceRows, ops};
+use crate::kernels::rows::{Place, Rows};
 use crate::kernels::{add_scaled, sigmoid, with_f32};
 use crate::model::LoadError;
 use crate::model::layers::linear::ReplicatedLinear;
@@ -15,15 +17,28 @@ use std::sync::Arc;
 
 /// A few experts for each token, and one for all (Qwen3_5MoeSparseMoeBlock). Every rank routes every token and holds a
 /// part of the width of every expert.
+///
+/// On a device a step of few rows is routed there; of more rows the router's logits are brought to the host, which asks for one
+/// expert after another.
 #[derive(Debug)]
 pub(super) struct SparseMoeBlock {
     gate: ReplicatedLinear,
     experts: Vec<Mlp>,
+    /// The same for a device that chooses, where it can.
+    chosen: Option<Chosen>,
     shared_expert: Mlp,
     shared_expert_gate: ReplicatedLinear,
     per_token: usize,
     norm_topk_prob: bool,
     communicator: Arc<dyn Communicator>,
+}
+
+/// The matrices of all experts, of which a device takes those it has chosen.
+#[derive(Debug)]
+struct Chosen {
+    /// Gates, and then what they are for.
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
 }
 
 /// A token at an expert.
@@ -44,11 +59,17 @@ impl SparseMoeBlock {
             let weights = weights.pp("experts").pp(index);
             Mlp::load(config, sizes.moe_intermediate_size, &weights)
         };
+        let gate = ReplicatedLinear::load(weights, "gate", sizes.num_experts, hidden)?;
+        let experts = (0..sizes.num_experts)
+            .map(expert)
+            .collect::<std::result::Result<Vec<_>, _>>()?;
         Ok(Self {
-            gate: ReplicatedLinear::load(weights, "gate", sizes.num_experts, hidden)?,
-            experts: (0..sizes.num_experts)
-                .map(expert)
-                .collect::<std::result::Result<_, _>>()?,
+            gate,
+            chosen: match weights.place() {
+                Place::Gpu(gpu) => Chosen::new(gpu, &experts, sizes.num_experts_per_tok)?,
+                Place::Cpu => None,
+            },
+            experts,
             shared_expert: Mlp::load(
                 config,
                 sizes.shared_expert_intermediate_size,
@@ -65,18 +86,21 @@ impl SparseMoeBlock {
     pub(super) fn forward(&self, x: &Rows, layer: usize, pass: &mut Pass<'_, '_>) -> Result<Rows> {
         let logits = self.gate.forward(x)?; // (t, experts)
         pass.show(Seen::Router(layer), &logits, &*self.communicator)?;
-        let visits = with_f32(&brought(&*self.communicator, &logits)?, |logits| {
-            self.route(logits)
-        })?;
         // Σ weight · expert(x)  +  sigmoid(shared_expert_gate x) · shared_expert(x)
         let shared = self.shared_expert.partial(x)?; // (t, hidden)
         let gates = self.shared_expert_gate.forward(x)?; // (t, 1)
         let sum = match (x, &shared, &gates) {
             (Rows::Host(x), Rows::Host(shared), Rows::Host(gates)) => {
-                Rows::Host(self.sum(x, shared, gates, &visits)?)
+                Rows::Host(self.sum(x, shared, gates, &self.route(&logits)?)?)
             }
             (Rows::Device(x), Rows::Device(shared), Rows::Device(gates)) => {
-                self.sum_on_device(x, shared, gates, &visits)?;
+                match (&self.chosen, &logits) {
+                    (Some(chosen), Rows::Device(logits)) if x.count() <= experts::MOST_ROWS => {
+                        let route = Route::new(logits, self.per_token, self.norm_topk_prob)?;
+                        chosen.sum(x, shared, gates, &route)?;
+                    }
+                    _ => self.sum_on_device(x, shared, gates, &self.route(&logits)?)?,
+                }
                 Rows::Device(shared.clone())
             }
             _ => unreachable!("projections of the same rows are in the same place"),
@@ -146,15 +170,65 @@ impl SparseMoeBlock {
     }
 
     /// The rows that go to each expert, from `(t, experts)` logits.
-    fn route(&self, logits: &[f32]) -> Vec<Vec<Visit>> {
+    fn route(&self, logits: &Rows) -> Result<Vec<Vec<Visit>>> {
         let count = self.experts.len();
         let mut visits = vec![Vec::new(); count];
-        for (row, logits) in logits.chunks_exact(count).enumerate() {
-            for (expert, weight) in choose(logits, self.per_token, self.norm_topk_prob) {
-                visits[expert].push(Visit { row, weight });
+        with_f32(&brought(&*self.communicator, logits)?, |logits| {
+            for (row, logits) in logits.chunks_exact(count).enumerate() {
+                for (expert, weight) in choose(logits, self.per_token, self.norm_topk_prob) {
+                    visits[expert].push(Visit { row, weight });
+                }
             }
-        }
-        visits
+        })?;
+        Ok(visits)
+    }
+
+    /// Bytes of the experts that a step of so many rows leaves alone, if rows choose with no preference.
+    pub(super) fn idle_bytes(&self, rows: usize) -> u64 {
+        let all: u64 = self.experts.iter().map(Mlp::bytes).sum();
+        let chosen = self.per_token as f64 / self.experts.len() as f64;
+        (all as f64 * (1.0 - chosen).powf(rows as f64)) as u64
+    }
+
+    /// Whether the host has a part even in steps of few rows, where they are on a device.
+    pub(super) fn needs_host(&self) -> bool {
+        self.chosen.is_none()
+    }
+}
+
+impl Chosen {
+    /// None where the device does not choose among so many, or loading has failed.
+    fn new(
+        gpu: &Gpu,
+        all: &[Mlp],
+        per_token: usize,
+    ) -> std::result::Result<Option<Self>, GpuError> {
+        let matrices: Option<Vec<[&DeviceMatrix; 3]>> = all.iter().map(Mlp::on_device).collect();
+        let Some(matrices) = matrices.filter(|_| experts::can_route(all.len(), per_token)) else {
+            return Ok(None);
+        };
+        let part = |part: usize| -> Vec<DeviceMatrix> {
+            let of_part = matrices.iter().map(|of_expert| of_expert[part].clone());
+            of_part.collect()
+        };
+        Ok(Some(Self {
+            gate_up: ExpertMatrices::new(gpu, &[part(0), part(1)])?,
+            down: ExpertMatrices::new(gpu, &[part(2)])?,
+        }))
+    }
+
+    /// As [`SparseMoeBlock::sum`], into `shared`.
+    fn sum(
+        &self,
+        x: &DeviceRows,
+        shared: &DeviceRows,
+        gates: &DeviceRows,
+        route: &Route,
+    ) -> Result<()> {
+        let gate_up = self.gate_up.multiply(x, Meets::Rows, route)?; // (2 · visits, own width)
+        let gated = ops::swiglu_of_halves(&gate_up)?; // (visits, own width)
+        let products = self.down.multiply(&gated, Meets::Visits, route)?; // (visits, hidden)
+        Ok(route.combine(shared, gates, &products)?)
     }
 }
 

@@ -35,8 +35,8 @@ fn scale(seed: u64) -> f16 {
     f16::from_f32(0.002 + 0.001 * numbers(seed, 1)[0])
 }
 
-fn blocks<U: Unit>(count: usize, scales: &[usize]) -> Matrix {
-    let mut bytes = bytes(1, count / U::LEN * U::BYTES);
+fn blocks<U: Unit>(seed: u64, count: usize, scales: &[usize]) -> Matrix {
+    let mut bytes = bytes(seed + 1, count / U::LEN * U::BYTES);
     let mut numbers = vec![0.0; count];
     let blocks = bytes.chunks_exact_mut(U::BYTES);
     for (i, (block, numbers)) in blocks.zip(numbers.chunks_exact_mut(U::LEN)).enumerate() {
@@ -57,8 +57,9 @@ fn e4m3(byte: u8) -> f32 {
     if byte >> 7 == 1 { -size } else { size }
 }
 
-fn matrix(format: &str, n: usize, k: usize) -> Matrix {
-    let plain = numbers(2, n * k);
+/// Each `seed` has numbers of its own.
+fn matrix(format: &str, n: usize, k: usize, seed: u64) -> Matrix {
+    let plain = numbers(seed + 2, n * k);
     match format {
         "f32" => Matrix {
             bytes: bytemuck::cast_slice(&plain).to_vec(),
@@ -83,7 +84,7 @@ fn matrix(format: &str, n: usize, k: usize) -> Matrix {
             }
         }
         "q8_0" => {
-            let mut bytes = bytes(3, n * k);
+            let mut bytes = bytes(seed + 3, n * k);
             let scales: Vec<f16> = (0..n * k / 32).map(|i| scale(i as u64)).collect();
             let values = bytes.iter().enumerate();
             let numbers = values
@@ -93,12 +94,12 @@ fn matrix(format: &str, n: usize, k: usize) -> Matrix {
             Matrix { bytes, numbers }
         }
         "fp8" => {
-            let mut bytes = bytes(4, n * k);
+            let mut bytes = bytes(seed + 4, n * k);
             // the two that are no numbers do not occur in weights
             let numeric = |byte: &mut u8| *byte ^= u8::from(*byte & 0x7f == 0x7f);
             bytes.iter_mut().for_each(numeric);
             let across = k.div_ceil(128);
-            let scales = numbers(5, n.div_ceil(128) * across);
+            let scales = numbers(seed + 5, n.div_ceil(128) * across);
             let values = bytes.iter().enumerate();
             let numbers = values
                 .map(|(i, byte)| e4m3(*byte) * scales[i / k / 128 * across + i % k / 128])
@@ -106,9 +107,9 @@ fn matrix(format: &str, n: usize, k: usize) -> Matrix {
             bytes.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
             Matrix { bytes, numbers }
         }
-        "q4_k" => blocks::<Q4K>(n * k, &[0, 2]),
-        "q5_k" => blocks::<Q5K>(n * k, &[0, 2]),
-        _ => blocks::<Q6K>(n * k, &[208]),
+        "q4_k" => blocks::<Q4K>(seed, n * k, &[0, 2]),
+        "q5_k" => blocks::<Q5K>(seed, n * k, &[0, 2]),
+        _ => blocks::<Q6K>(seed, n * k, &[208]),
     }
 }
 
@@ -124,7 +125,7 @@ pub(super) fn products_with_few_rows(device: &Device) {
                 if *format == "fp8" && (n * k) % 4 != 0 || n == 133 && k > 2080 {
                     continue;
                 }
-                let w = matrix(format, n, k);
+                let w = matrix(format, n, k, 0);
                 let weights = device.put(&w.bytes);
                 for rows in [1, 2, 4, 8] {
                     let x = numbers(6, rows * k);
@@ -145,11 +146,87 @@ pub(super) fn products_with_few_rows(device: &Device) {
                         let y = device.room(rows * n);
                         let [n, k] = [n, k].map(|size| Arg::Int(size as i32));
                         let [w, x] = [weights, at].map(Arg::Address);
-                        let args = [w, x, Arg::Address(y), n, k];
+                        let mut args = vec![w, x, Arg::Address(y), n, k];
+                        if matches!(rows, 1 | 4) {
+                            // nothing is chosen
+                            args.extend([Arg::Address(0); 2]);
+                            args.extend([Arg::Int(0); 3]);
+                        }
                         device.run(kernel, [grid, 1, 1], 256, &args);
                         let found = worst(&device.get(y, expected.len()), &expected) / largest;
                         assert!(found < 1e-5, "{kernel}, {n:?}, {k:?}, grid {grid}: {found}");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Gates and ups of some experts: each visit meets the matrices of its own, in groups of different sizes, and has the same
+/// numbers to the bit whoever stands beside it.
+pub(super) fn products_with_chosen_matrices(device: &Device) {
+    const EXPERTS: usize = 5;
+    const PARTS: usize = 2;
+    const ROWS: usize = 3;
+    const UNTOUCHED: f32 = -7.0;
+    for (format, widths) in FORMATS {
+        for &k in &widths[..widths.len() - 1] {
+            let n = 12;
+            let matrices = (0..PARTS * EXPERTS).map(|at| matrix(format, n, k, 10 * at as u64));
+            let matrices: Vec<Matrix> = matrices.collect();
+            let mut table: Vec<u64> = matrices.iter().map(|w| device.put(&w.bytes)).collect();
+            table[EXPERTS + 3] = 0; // is of another format
+            let table = device.put(&table);
+            for (most, share) in [(1, 2), (4, 2), (4, 1)] {
+                let visits = ROWS * 2;
+                let x = numbers(6, visits / share * k);
+                // experts 4, 0 and 3 are gone to, by four, one and one; the last two groups are none
+                let sorted = [5, 0, 1, 2, 4, 3_i32];
+                let of_four = [[0, 0, 1, 0], [3, 1, 1, 0], [4, 2, 4, 0], [0; 4], [0; 4]];
+                let alone = [0, 3, 4, 4, 4, 4].into_iter().zip(0..);
+                let alone: Vec<[i32; 4]> = alone.map(|(e, at)| [e, at, 1, 0]).collect();
+                let mut outcomes = Vec::new();
+                for groups in [&of_four[..], &alone] {
+                    if groups.iter().any(|[_, _, count, _]| *count > most) {
+                        continue;
+                    }
+                    let y = device.put(&vec![UNTOUCHED; PARTS * visits * n]);
+                    let mut args = [table, device.put(&x), y].map(Arg::Address).to_vec();
+                    args.extend([n, k].map(|size| Arg::Int(size as i32)));
+                    args.extend([device.put(groups), device.put(&sorted)].map(Arg::Address));
+                    args.extend([visits, share, EXPERTS].map(|size| Arg::Int(size as i32)));
+                    let kernel = named("gemv", format, &format!("_{most}"));
+                    device.run(kernel, [2, groups.len(), PARTS], 256, &args);
+                    outcomes.push(device.get::<f32>(y, PARTS * visits * n));
+                }
+                let expert = |visit: usize| match sorted.iter().position(|v| *v as usize == visit) {
+                    Some(0) => 0,
+                    Some(1) => 3,
+                    _ => 4,
+                };
+                let mut expected = Vec::new();
+                let mut largest = 0.0f64;
+                for part in 0..PARTS {
+                    for visit in 0..visits {
+                        let x = &x[visit / share * k..][..k];
+                        let w = &matrices[part * EXPERTS + expert(visit)].numbers;
+                        for w in w.chunks_exact(k) {
+                            if (part, expert(visit)) == (1, 3) {
+                                expected.push(f64::from(UNTOUCHED));
+                                continue;
+                            }
+                            let products =
+                                x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w));
+                            let size = products.clone().map(|x| x * x).sum::<f64>().sqrt();
+                            largest = largest.max(size);
+                            expected.push(products.sum());
+                        }
+                    }
+                }
+                for outcome in &outcomes {
+                    let found = worst(outcome, &expected) / largest;
+                    assert!(found < 1e-5, "{format}, {k}, by {most}: {found}");
+                    assert_eq!(outcome, &outcomes[0], "{format}, {k}, by {most}");
                 }
             }
         }
@@ -161,7 +238,7 @@ pub(super) fn rows_of_a_part_of_the_vocabulary(device: &Device) {
     for (format, widths) in FORMATS {
         for &k in *widths {
             let rows = 8;
-            let w = matrix(format, rows, k);
+            let w = matrix(format, rows, k, 0);
             let ids = [FIRST, 0, FIRST + rows - 1, FIRST + rows, FIRST - 1, 5, 5];
             let given: Vec<u32> = ids.iter().map(|id| *id as u32).collect();
             let [given, table] = [device.put(&given), device.put(&w.bytes)];
@@ -201,7 +278,7 @@ pub(super) fn whole_matrices_and_rows_as_bf16(device: &Device) {
     for (format, widths) in FORMATS.iter().skip(2) {
         for &k in *widths {
             let n = 8;
-            let w = matrix(format, n, k);
+            let w = matrix(format, n, k, 0);
             let [weights, out] = [device.put(&w.bytes), device.put(&vec![0xffff_u16; n * k])];
             let mut args = [weights, out].map(Arg::Address).to_vec();
             args.extend([n, k].map(|size| Arg::Int(size as i32)));

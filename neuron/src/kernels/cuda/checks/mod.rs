@@ -4,6 +4,7 @@
 
 mod attention;
 mod choose;
+mod experts;
 mod matrix;
 
 use crate::gpu::{Address, Arg, Buffer, Gpu, Launch};
@@ -39,6 +40,22 @@ pub(crate) const ALL: &[(&str, Check)] = &[
         chunks_of_the_delta_rule_meet_its_scan,
     ),
     ("products with few rows", matrix::products_with_few_rows),
+    (
+        "products with chosen matrices",
+        matrix::products_with_chosen_matrices,
+    ),
+    (
+        "rows go to their likeliest experts",
+        experts::rows_go_to_their_likeliest_experts,
+    ),
+    (
+        "what is no number goes to experts that are there",
+        experts::what_is_no_number_goes_to_experts_that_are_there,
+    ),
+    (
+        "answers of experts are summed",
+        experts::answers_of_experts_are_summed,
+    ),
     (
         "rows of a part of the vocabulary",
         matrix::rows_of_a_part_of_the_vocabulary,
