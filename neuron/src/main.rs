@@ -4,9 +4,8 @@ use clap::Parser;
 use neuron::app;
 use neuron::cli::{Cli, Command, ServeArgs};
 use neuron::config::{self, Config, ConfigError};
-use neuron::{bench, selftest, telemetry, verify};
+use neuron::{bench, kernels, selftest, telemetry, verify};
 use serde::Serialize;
-use std::ffi::{c_int, c_long};
 use std::fmt::Display;
 use std::process::ExitCode;
 
@@ -17,22 +16,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// The configuration cannot be used: EX_USAGE of sysexits.
 const BAD_CONFIG: u8 = 64;
 
-/// Has the allocator keep what was freed for some seconds. A long step frees and takes tens of megabytes many times; given back
-/// within milliseconds, as is its default, each page is taken from the system and cleared anew, which was a fifth of the time of
-/// a prompt.
-fn keep_freed_memory() {
-    const PURGE_DELAY: c_int = 15; // `mi_option_purge_delay`
-    const MILLISECONDS: c_long = 1000; // of a page; of what lies in arenas ten times as long
-    // SAFETY: a function of the allocator that is linked above, by its header; it sets a number
-    #[allow(unsafe_code)]
-    unsafe extern "C" {
-        safe fn mi_option_set(option: c_int, value: c_long);
-    }
-    mi_option_set(PURGE_DELAY, MILLISECONDS);
-}
-
 fn main() -> ExitCode {
-    keep_freed_memory();
+    kernels::keep_freed_memory();
     let cli = Cli::parse();
     match cli.command {
         Some(Command::Check { config }) => match Config::load(&config) {

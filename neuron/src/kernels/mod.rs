@@ -16,6 +16,8 @@ pub(crate) mod pages;
 pub mod rows;
 mod vector;
 
+pub use pages::keep_freed_memory;
+
 /// Gives `read` the numbers of a contiguous f32 tensor on the CPU, without copying them.
 ///
 /// # Errors
