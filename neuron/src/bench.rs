@@ -2,8 +2,10 @@
 //!
 //! The model alone is measured, without the engine, the tokenizer and HTTP around it.
 
+use crate::devices;
 use crate::gpu::{GpuError, Peaks};
 use crate::kernels::choose::Rule;
+use crate::kernels::peaks::{self, read_bandwidth};
 use crate::kernels::rows::Place;
 use crate::memory::SequenceState;
 use crate::model::{
@@ -11,13 +13,14 @@ use crate::model::{
 };
 use crate::parallel::{self, Solo};
 use crate::quant::Format;
-use crate::{devices, kernels};
-use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
+
+/// Numbers that no cache has room for: half a gigabyte.
+const MORE_THAN_CACHES: usize = 1 << 27;
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
@@ -196,7 +199,7 @@ pub fn run(args: &BenchArgs) -> Result<Report, BenchError> {
     let load_seconds = began.elapsed().as_secs_f64();
     let read_bandwidth = match places.first() {
         Some(Place::Gpu(gpu)) => Peaks::measure(gpu, 1 << 30, 4096)?.bandwidth,
-        _ => read_bandwidth(args.rounds),
+        _ => read_bandwidth(&peaks::numbers(MORE_THAN_CACHES), args.rounds + 2),
     };
     let ranks = args.tensor_parallel;
     let args = &args.measure();
@@ -316,30 +319,6 @@ fn decode(model: &dyn CausalLm, batch: usize, args: &Measure) -> Result<f64, Mod
         step(&mut states, id)?;
     }
     Ok(began.elapsed().as_secs_f64())
-}
-
-/// Bytes a second that all threads together read, the best of some rounds.
-fn read_bandwidth(rounds: usize) -> f64 {
-    const NUMBERS: usize = 1 << 27; // half a gigabyte, more than any cache
-    let numbers = vec![1f32; NUMBERS];
-    let part = NUMBERS / rayon::current_num_threads().max(1) / 4;
-    let best = (0..rounds + 2)
-        .map(|_| {
-            let began = Instant::now();
-            let sum: f32 = numbers
-                .par_chunks(part.max(1))
-                .map(|part| {
-                    kernels::vectorised(
-                        #[inline(always)]
-                        || kernels::dot(part, part),
-                    )
-                })
-                .sum();
-            std::hint::black_box(sum);
-            began.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min);
-    (4 * NUMBERS) as f64 / best
 }
 
 #[cfg(test)]

@@ -11,15 +11,15 @@ const TOGETHER: usize = 16;
 
 /// The keys and values of one sequence in one layer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Cache<'a> {
+pub struct Cache<'a> {
     /// The sequence's blocks.
-    pub(crate) blocks: &'a [Arc<Block>],
+    pub blocks: &'a [Arc<Block>],
     /// The layer's place in each.
-    pub(crate) layer: usize,
+    pub layer: usize,
     /// Tokens in them, those of the queries included.
-    pub(crate) len: usize,
+    pub len: usize,
     /// Heads that have keys and values.
-    pub(crate) kv_heads: usize,
+    pub kv_heads: usize,
 }
 
 /// Attends from the last rows of a sequence to all of it; their keys and values are in the cache already.
@@ -29,12 +29,7 @@ pub(crate) struct Cache<'a> {
 /// running maxima and sums (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018); what one gets
 /// does not depend on which others are with it.
 #[must_use]
-pub(crate) fn attention(
-    queries: &[f32],
-    cache: Cache<'_>,
-    heads: usize,
-    head_dim: usize,
-) -> Vec<f32> {
+pub fn attention(queries: &[f32], cache: Cache<'_>, heads: usize, head_dim: usize) -> Vec<f32> {
     let rows = queries.len() / (heads * head_dim);
     let group = heads / cache.kv_heads;
     let of_head = rows * group; // queries of a kv head

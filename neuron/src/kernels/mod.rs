@@ -13,6 +13,7 @@ pub mod delta_rule;
 pub mod linear;
 pub mod norm;
 pub(crate) mod pages;
+pub mod peaks;
 pub mod rows;
 mod vector;
 

@@ -295,13 +295,7 @@ impl Block {
     }
 
     /// Puts key and value of one token of a layer and head in its place, 0 to [`BLOCK`].
-    pub(super) fn put(
-        &mut self,
-        (layer, head): (usize, usize),
-        at: usize,
-        key: &[f32],
-        value: &[f32],
-    ) {
+    pub fn put(&mut self, (layer, head): (usize, usize), at: usize, key: &[f32], value: &[f32]) {
         let shape = self.pool.shape;
         let place = shape.place(layer, head) + at * shape.dim;
         if let Some(Storage::Host(floats)) = &mut self.storage {
