@@ -311,45 +311,7 @@ mod tests {
     }
 
     impl Communicator for Counted {
-        fn rank(&self) -> usize {
-            self.host.rank()
-        }
-
-        fn world_size(&self) -> usize {
-            self.host.world_size()
-        }
-
-        fn all_reduce(&self, part: &Tensor) -> Result<Tensor, GroupError> {
-            self.host.all_reduce(part)
-        }
-
-        fn all_gather(&self, part: &Tensor, dim: usize) -> Result<Tensor, GroupError> {
-            self.host.all_gather(part, dim)
-        }
-
-        fn gather(&self, part: &Tensor, dim: usize) -> Result<Option<Tensor>, GroupError> {
-            self.host.gather(part, dim)
-        }
-
-        fn broadcast(&self, value: &Tensor, root: usize) -> Result<Tensor, GroupError> {
-            self.host.broadcast(value, root)
-        }
-
-        fn abort(&self, fault: GroupError) {
-            self.host.abort(fault);
-        }
-
-        fn fault(&self) -> Option<GroupError> {
-            self.host.fault()
-        }
-
-        fn on_devices(&self) -> Option<&dyn OnDevices> {
-            Some(self)
-        }
-
-        fn pool(&self) -> Option<&rayon::ThreadPool> {
-            self.host.pool()
-        }
+        joined_by_host!();
     }
 
     #[test]

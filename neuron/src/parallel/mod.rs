@@ -8,6 +8,52 @@ use std::fmt::Debug;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+/// The calls of a [`Communicator`] that are those of its `host`, a communicator of threads, where it joins devices besides.
+#[cfg(any(test, feature = "nccl"))]
+macro_rules! joined_by_host {
+    () => {
+        fn rank(&self) -> usize {
+            self.host.rank()
+        }
+
+        fn world_size(&self) -> usize {
+            self.host.world_size()
+        }
+
+        fn all_reduce(&self, part: &Tensor) -> Result<Tensor, GroupError> {
+            self.host.all_reduce(part)
+        }
+
+        fn all_gather(&self, part: &Tensor, dim: usize) -> Result<Tensor, GroupError> {
+            self.host.all_gather(part, dim)
+        }
+
+        fn gather(&self, part: &Tensor, dim: usize) -> Result<Option<Tensor>, GroupError> {
+            self.host.gather(part, dim)
+        }
+
+        fn broadcast(&self, value: &Tensor, root: usize) -> Result<Tensor, GroupError> {
+            self.host.broadcast(value, root)
+        }
+
+        fn abort(&self, fault: GroupError) {
+            self.host.abort(fault);
+        }
+
+        fn fault(&self) -> Option<GroupError> {
+            self.host.fault()
+        }
+
+        fn on_devices(&self) -> Option<&dyn OnDevices> {
+            Some(self)
+        }
+
+        fn pool(&self) -> Option<&rayon::ThreadPool> {
+            self.host.pool()
+        }
+    };
+}
+
 mod metered;
 #[cfg(feature = "nccl")]
 mod nccl;
