@@ -79,7 +79,8 @@ impl Pick {
             } else {
                 0
             },
-            scale: (1.0 / temperature) as f32,
+            // not infinite: the peak is at no distance from itself, whatever that is multiplied with
+            scale: (1.0 / temperature).min(f64::from(f32::MAX)) as f32,
             limit: if min_p > 0.0 {
                 (-min_p.ln() as f32 * FINE).trunc()
             } else {
@@ -420,6 +421,19 @@ mod tests {
                     "{count} for {expected}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn however_low_a_temperature_is_the_likeliest_come() {
+        let counts = counts(1e-300, 0, 1.0, 0.0);
+        assert_eq!([counts[0], counts[2], counts[4]], [0; 3]);
+        assert!(counts[1].abs_diff(counts[3]) <= 2, "{counts:?}");
+        // the least that a division does not make infinite, and what is below
+        for temperature in [3e-39, 2e-39, f64::MIN_POSITIVE, 5e-324] {
+            let pick = Pick::by_chance(temperature, 3, 0.9, 0.1, 7);
+            assert_eq!(pick.scale, f32::MAX.min((1.0 / temperature) as f32));
+            assert_eq!(super::pick(&LOGITS, &pick), Some(1));
         }
     }
 

@@ -42,6 +42,10 @@ fn picks() -> Vec<Pick> {
             picks.push(Pick::by_chance(temperature, top_k, top_p, min_p, random));
         }
     }
+    // lower than what can be divided by, and all filters at once
+    picks.push(Pick::by_chance(1e-300, 0, 1.0, 0.0, 7));
+    picks.push(Pick::by_chance(1e-300, 7, 0.9, 0.02, 7));
+    picks.push(Pick::by_chance(1.5, 20, 0.8, 0.3, 7));
     let mut ends = picks.clone();
     ends.iter_mut().for_each(|pick| pick.random = u64::MAX);
     picks.extend(ends);
